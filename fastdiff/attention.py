@@ -1,0 +1,291 @@
+"""The one op behind the seam: look up the layer's policy, select, call the kernel or stay dense."""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Optional
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fastdiff.blockmask import BlockMask
+from fastdiff.clock import StepClock
+from fastdiff.kernels.block_pool import block_pool
+from fastdiff.kernels.block_sparse_attention import block_sparse_attention, implementations
+from fastdiff.kernels.token_permute import permute_tokens, unpermute_tokens
+from fastdiff.layout import Tiling, TokenLayout
+from fastdiff.policies.base import Context, Policy
+from fastdiff.report import LayerReport, Report
+
+logger = logging.getLogger("fastdiff")
+
+
+class DenseFallbackError(RuntimeError):
+    """Strict mode: attention would have run dense for a reason the user did not ask for."""
+
+
+@dataclass
+class Session:
+    """Everything that one `enable` call switched on."""
+
+    policy: Policy
+    clock: StepClock
+    strict: bool = False
+    impl: str = "auto"
+    report: Report = field(default_factory=Report)
+    watch: Callable[[], None] = lambda: None  # noqa: E731 - called before each call's step is read
+    _warned: set[str] = field(default_factory=set)
+    _order: int = 0
+
+    def next_index(self) -> int:
+        self._order += 1
+        return self._order - 1
+
+    def fallback(self, layer: "Layer", reason: str, flops: float = 0.0) -> None:
+        """Count a dense call that the user did not ask for; raise in strict mode, else log once."""
+        if self.strict:
+            raise DenseFallbackError(
+                f"{layer.name}: attention would run dense: {reason}. Strict mode is on; pass "
+                "strict=False (or unset FASTDIFF_STRICT) to let such calls run dense."
+            )
+        layer.stats(self).dense(reason, flops, fallback=True)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("%s runs dense: %s (further calls are only counted)", layer.name, reason)
+
+
+_numbers = itertools.count(1)
+LAYERS: WeakValueDictionary[int, "Layer"] = WeakValueDictionary()
+
+
+class Layer:
+    """One attention module that FastDiff drives.
+
+    number: 0-dim CPU tensor, the same object for the layer's life. A tensor, not an int: a compiled
+    graph is then shared by all layers of a model.
+    """
+
+    def __init__(self, name: str, denoiser: Any, session: Session) -> None:
+        number = next(_numbers)
+        self.name = name
+        self.denoiser = denoiser
+        self.session = session
+        self.number = torch.tensor(number, dtype=torch.int64)
+        self.index = -1
+        self.slot = len(session.report.layers)
+        self.masks: dict[Any, tuple[int, BlockMask, tuple[Tensor, Tensor], Tensor]] = {}
+        self._seen: tuple[int, int | None] | None = None
+        self._call = 0
+        session.report.layers.append(LayerReport(name))
+        LAYERS[number] = self
+
+    def __deepcopy__(self, memo: dict) -> "Layer":
+        # a copied model goes on under the same session
+        return self
+
+    def stats(self, session: Session) -> LayerReport:
+        report = session.report.layers[self.slot]
+        if self.index < 0:
+            self.index = session.next_index()
+        report.index = self.index
+        report.policy = session.policy.name
+        return report
+
+    def branch(self, clock: StepClock) -> Any:
+        """Guidance branch: the pipeline's name for it, else the number of the call in this step."""
+        now = (clock.run, clock.step)
+        self._call = self._call + 1 if self._seen == now else 0
+        if self._seen is not None and self._seen[0] != clock.run:
+            self.masks.clear()
+        self._seen = now
+        return self._call if clock.branch is None else clock.branch
+
+
+# dense attention by backend key: "sdpa", or what the seam registers
+Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, str], Tensor]
+
+
+def dense_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, _: str
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, **({"enable_gqa": True} if gqa else {})
+    ).transpose(1, 2)
+
+
+dense_attention: dict[str, Dense] = {"sdpa": dense_sdpa}
+
+
+@torch.library.custom_op("fastdiff::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Optional[Tensor],  # noqa: UP045 - torch 2.6 reads the schema from these names
+    ids: Optional[Tensor],  # noqa: UP045
+    layer: Tensor,
+    layout: Sequence[int],
+    scale: Optional[float],  # noqa: UP045
+    backend: str,
+) -> Tensor:
+    """Attention of one layer. query, key, value and result: [B, S, H, D].
+
+    layer: the number of the `Layer`. layout: frames, height, width, before, after.
+    ids: positions [S_grid, axes] where only they know the grid (Flux), else None.
+    backend: key into `dense_attention` and, after a colon, an argument for it.
+    """
+    armed = LAYERS[int(layer)]
+    grid, before, after = layout[:3], layout[3], layout[4]
+    if ids is not None:
+        grid = armed.denoiser.grid_from_ids(ids)
+    tokens = TokenLayout((grid[0], grid[1], grid[2]), before, after)
+    return _Call(armed, query, key, value, mask, scale, backend).run(tokens).contiguous()
+
+
+@attention.register_fake
+def _(query, key, value, mask, ids, layer, layout, scale, backend):
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@dataclass
+class _Call:
+    layer: Layer
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float | None
+    backend: str
+
+    @property
+    def flops(self) -> float:
+        b, s, h, d = self.query.shape
+        return 4.0 * b * h * s * self.key.shape[1] * d
+
+    def dense(self) -> Tensor:
+        kind, _, argument = self.backend.partition(":")
+        return dense_attention[kind](
+            self.query, self.key, self.value, self.mask, self.scale, argument
+        )
+
+    def run(self, layout: TokenLayout) -> Tensor:
+        session, layer = self.layer.session, self.layer
+        session.watch()
+        stats = layer.stats(session)
+        branch = layer.branch(session.clock)
+        context = Context(layout, session.clock, layer.index, _seed(session, layer.index))
+        key_mask, problem = _key_mask(self.mask, self.query.shape[0], self.key.shape[1])
+        problem = problem or self._unsupported()
+        if problem is not None:
+            session.fallback(layer, problem, self.flops)
+            return self.dense()
+        why = session.policy.stays_dense(layout, self.query.device.type, context)
+        if why is None:
+            with _timed(stats, self.query):
+                out = self._sparse(layout, context, branch, key_mask)
+            if out is not None:
+                return out
+            why = "the method chose dense"
+        stats.dense(why, self.flops, fallback=False)
+        with _timed(stats, self.query):
+            return self.dense()
+
+    def _unsupported(self) -> str | None:
+        query = self.query
+        usable = implementations(query.device, query.dtype, query.shape[-1])
+        impl = self.layer.session.impl
+        names = [impl] if impl != "auto" else [n for n in usable if n != "reference"]
+        if any(not usable[name] for name in names):
+            return None
+        return "; ".join(f"{name}: {', '.join(usable[name])}" for name in names)
+
+    def _sparse(
+        self, layout: TokenLayout, context: Context, branch: Any, key_mask: Tensor | None
+    ) -> Tensor | None:
+        session = self.layer.session
+        policy = session.policy
+        tiles = policy.tiles(layout, self.query)
+        q, k, v = (permute_tokens(x, tiles.order) for x in (self.query, self.key, self.value))
+        selected = self._selection(q, k, tiles, layout, context, branch)
+        if selected is None:
+            return None
+        block_mask, (indices, counts), density = selected
+        if key_mask is not None:
+            key_mask = key_mask[:, tiles.order]
+        tail = None
+        if policy.tail:
+            key_mean, weight = block_pool(k, tiles.offsets, block=tiles.block, mask=key_mask)
+            value_mean, _ = block_pool(v, tiles.offsets, block=tiles.block, mask=key_mask)
+            tail = (key_mean, value_mean, weight, block_mask.keep)
+        out = block_sparse_attention(
+            q, k, v, indices, counts, tiles.offsets, tiles.offsets,
+            block_q=tiles.block, block_k=tiles.block,
+            key_mask=key_mask, tail=tail, scale=self.scale, impl=session.impl,
+        )
+        stats = self.layer.stats(session)
+        stats.implementation = session.impl if session.impl != "auto" else _chosen(q)
+        stats.sparse(density, self.flops, self.flops * tiles.blocks / layout.tokens * policy.tail)
+        return unpermute_tokens(out, tiles.inverse)
+
+    def _selection(
+        self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context, branch: Any
+    ) -> tuple[BlockMask, tuple[Tensor, Tensor], Tensor] | None:
+        policy, step = self.layer.session.policy, context.clock.step
+        place = (branch, layout, tuple(q.shape))
+        if policy.reuse > 1 and step is not None and place in self.layer.masks:
+            made, *kept = self.layer.masks[place]
+            if 0 <= step - made < policy.reuse:
+                return kept[0], kept[1], kept[2]
+        block_mask = policy.select(q, k, tiles, context)
+        if block_mask is None:
+            return None
+        found = (block_mask, block_mask.lists(), block_mask.density())
+        if policy.reuse > 1 and step is not None:
+            self.layer.masks[place] = (step, *found)
+        return found
+
+
+def _chosen(query: Tensor) -> str:
+    usable = implementations(query.device, query.dtype, query.shape[-1])
+    return next(name for name, reasons in usable.items() if not reasons and name != "reference")
+
+
+def _seed(session: Session, index: int) -> int:
+    return (session.policy.seed * 1_000_003 + index) * 1_000_003 + (session.clock.step or 0)
+
+
+def _key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None, str | None]:
+    """Read a key-padding mask, bool [B, S]; or say why the mask is none."""
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.bool:
+        if mask.dim() == 2 and mask.shape == (batch, keys):
+            return mask, None
+        if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+            return mask[:, 0, 0, :].expand(batch, keys), None
+    return None, f"an attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype}"
+
+
+@contextmanager
+def _timed(stats: LayerReport, query: Tensor):
+    if not query.is_cuda:
+        begin = time.perf_counter()
+        yield
+        stats.timed(time.perf_counter() - begin)
+        return
+    if torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    begin_event = torch.cuda.Event(enable_timing=True)
+    end_event = torch.cuda.Event(enable_timing=True)
+    begin_event.record()
+    yield
+    end_event.record()
+    stats.timed((begin_event, end_event))

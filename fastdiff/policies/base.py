@@ -1,0 +1,122 @@
+"""Policy: the contract of a selection method, and the knobs that all of them share."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fastdiff.blockmask import BlockMask
+from fastdiff.clock import StepClock
+from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, tiling
+
+REGISTRY: dict[str, type["Policy"]] = {}
+
+# measured: docs/break-even.md
+MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
+MAX_DENSITY = {"cpu": 0.7, "cuda": 0.6}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy may know of one attention call besides its tensors.
+
+    layer: number of this layer in order of first use; seed: a number that is the same for the same
+    layer and step of a repeated run.
+    """
+
+    layout: TokenLayout
+    clock: StepClock
+    layer: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Knobs with the same meaning for every method.
+
+    density: fraction of query-key pairs to compute, over (0, 1].
+    dense_steps: first steps that stay dense; an int counts steps, a float is a fraction of them.
+        More dense steps cost time and keep the picture nearer to stock.
+    dense_layers: first layers that stay dense.
+    tile: tokens of a tile as (frames, height, width); None picks one from the grid.
+    tail: skipped blocks still enter the softmax through their mean key and mean value.
+    sink: leading frames of a clip that every query keeps exactly.
+    reuse: steps for which a selection is used before it is made anew.
+    min_tokens: shorter sequences stay dense; None takes the break-even of the device.
+    max_density: above it the call stays dense; None takes the break-even of the device.
+    seed: for methods that draw at random.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    density: float = 0.25
+    dense_steps: int | float = 0.2
+    dense_layers: int = 0
+    tile: Grid | None = None
+    tail: bool = True
+    sink: int = 1
+    reuse: int = 1
+    min_tokens: int | None = None
+    max_density: float | None = None
+    seed: int = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        _check(0 < self.density <= 1, "density", self.density, "a number over 0, at most 1")
+        fraction_ok = not isinstance(self.dense_steps, float) or self.dense_steps <= 1
+        _check(self.dense_steps >= 0 and fraction_ok, "dense_steps", self.dense_steps,
+               "a number of steps (int), or a fraction from 0.0 to 1.0")
+        for knob in ("dense_layers", "sink"):
+            _check(getattr(self, knob) >= 0, knob, getattr(self, knob), "0 or more")
+        _check(self.reuse >= 1, "reuse", self.reuse, "1 or more steps")
+        if self.tile is not None:
+            tile = tuple(self.tile)
+            _check(len(tile) == 3 and all(isinstance(n, int) and n >= 1 for n in tile),
+                   "tile", self.tile, "three sizes of 1 or more: (frames, height, width)")
+            object.__setattr__(self, "tile", tile)
+
+    def select(
+        self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
+    ) -> BlockMask | None:
+        """Choose key blocks. query, key: [B, S, H, D] in tile order. None means dense."""
+        raise NotImplementedError
+
+    def tiles(self, layout: TokenLayout, query: Tensor) -> Tiling:
+        """The blocks of this sequence: tiles of 64 tokens, of 128 on a GPU for long sequences."""
+        size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
+        tile = self.tile or auto_tile(layout.grid, size)
+        return tiling(layout, tile, self.sink, query.device)
+
+    def stays_dense(self, layout: TokenLayout, device: str, context: Context) -> str | None:
+        """Why this call is dense by the user's own settings, or None."""
+        clock = context.clock
+        if context.layer < self.dense_layers:
+            return "dense layer"
+        if clock.step is not None and clock.step < self._dense_steps(clock.steps):
+            return "dense step"
+        least = MIN_TOKENS.get(device, 4096) if self.min_tokens is None else self.min_tokens
+        if layout.tokens < least:
+            return f"fewer than min_tokens={least} tokens"
+        most = MAX_DENSITY.get(device, 0.6) if self.max_density is None else self.max_density
+        if self.density > most:
+            return f"density {self.density:g} is above the break-even {most:g}"
+        return None
+
+    def _dense_steps(self, steps: int) -> int:
+        if isinstance(self.dense_steps, float):
+            return round(self.dense_steps * steps)
+        return self.dense_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def _check(ok: bool, knob: str, value: Any, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"{knob}={value!r} is not possible: accepted is {accepted}")

@@ -1,0 +1,127 @@
+"""TileSparse: our default; keeps the tiles whose pooled score stands out, pools the rest."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdiff.blockmask import BlockMask
+from fastdiff.kernels.block_pool import block_pool
+from fastdiff.layout import Tiling
+from fastdiff.policies.base import Context, Policy, _check
+
+SELECT = ("threshold", "top-p", "top-k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSparse(Policy):
+    """Block-sparse attention over 3-D tiles with a pooled tail.
+
+    Each tile of queries scores each tile of keys by the product of their means. Kept are the tiles
+    that stand out, and always: the own tile, text and reference tokens, the first `sink` frames.
+    Tiles that are not kept enter the same softmax through their mean key and mean value with the
+    weight of their length (`tail`), so no attention mass is dropped.
+
+    select: "threshold" keeps tiles above mean + beta * std of their row; "top-p" keeps the best
+        tiles until they hold the share `p` of the pooled softmax; "top-k" keeps as many per row.
+    beta, p: fix the cut by hand. None finds, for every sample and layer, the cut that meets
+        `density` on average; rows and heads that need more tiles then get more.
+
+    Cost: pooling reads query and key once; the score map has (tokens / tile)^2 entries a head.
+    Limits: the cut is made on means, so a single outstanding key inside a dull tile is missed; at
+    a few hundred tokens there are too few tiles to choose from.
+    Sources: threshold and tail as in Sol-Attn (arXiv 2607.24027) and PISA (arXiv 2602.01077).
+    """
+
+    name: ClassVar[str] = "tile-sparse"
+    summary: ClassVar[str] = "3-D tiles by pooled score, skipped tiles pooled (default)"
+
+    select_by: str = "threshold"
+    beta: float | None = None
+    p: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.select_by in SELECT, "select_by", self.select_by, f"one of {', '.join(SELECT)}")
+        _check(self.p is None or 0 < self.p <= 1, "p", self.p, "a share over 0, at most 1")
+
+    def select(
+        self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
+    ) -> BlockMask | None:
+        query_mean, _ = block_pool(query, tiles.offsets, block=tiles.block)
+        key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
+        if key_mean.shape[1] != query_mean.shape[1]:
+            key_mean = key_mean.repeat_interleave(query_mean.shape[1] // key_mean.shape[1], dim=1)
+        scale = query.shape[-1] ** -0.5
+        scores = (query_mean.float() @ key_mean.float().transpose(-1, -2)) * scale
+        keep = keep_tiles(scores, tiles, self.select_by, self.density, self.beta, self.p)
+        return BlockMask(keep, tiles.offsets, tiles.block)
+
+
+def forced(tiles: Tiling) -> Tensor:
+    """bool [N, N]: own tile, always-kept keys, and every key for text queries."""
+    own = torch.eye(tiles.blocks, dtype=torch.bool, device=tiles.always.device)
+    return own | tiles.always[None, :] | tiles.dense_rows[:, None]
+
+
+def keep_tiles(
+    scores: Tensor, tiles: Tiling, select_by: str, density: float,
+    beta: float | None, p: float | None,
+) -> Tensor:
+    """Turn pooled scores [B, H, N, N] into a keep map, bool of the same shape."""
+    must = forced(tiles)
+    candidate = ~tiles.always
+    if select_by == "top-k":
+        return _top_k(scores, must, density)
+    if select_by == "top-p":
+        # share of the pooled softmax held by better tiles: the best tile of a row has 0
+        rank, cut, given = _mass_above(scores + tiles.lengths.log(), candidate), "below", p
+    else:
+        rank, cut, given = _row_z(scores, candidate, tiles.lengths), "above", beta
+    if given is None:
+        low, high = (0.0, 1.0) if cut == "below" else (-8.0, 8.0)
+        given = _cut_for_density(rank, must, tiles.lengths, density, low, high, cut)
+    return must | (rank < given if cut == "below" else rank > given)
+
+
+def _row_z(scores: Tensor, candidate: Tensor, lengths: Tensor) -> Tensor:
+    weight = candidate * lengths
+    weight = weight / weight.sum().clamp_min(1)
+    mean = (scores * weight).sum(-1, keepdim=True)
+    centred = scores - mean
+    std = (centred.square() * weight).sum(-1, keepdim=True).sqrt()
+    return centred / std.clamp_min(1e-6)
+
+
+def _mass_above(scores: Tensor, candidate: Tensor) -> Tensor:
+    mass = scores.masked_fill(~candidate, -torch.inf).softmax(-1)
+    ordered, index = mass.sort(-1, descending=True)
+    above = ordered.cumsum(-1) - ordered
+    return torch.empty_like(mass).scatter_(-1, index, above)
+
+
+def _top_k(scores: Tensor, must: Tensor, density: float) -> Tensor:
+    count = max(1, round(density * scores.shape[-1]))
+    index = scores.masked_fill(must, torch.inf).topk(count, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True) | must
+
+
+def _cut_for_density(
+    rank: Tensor, must: Tensor, lengths: Tensor, density: float,
+    low: float, high: float, cut: str,
+) -> Tensor:
+    """The cut, [B, 1, 1, 1], at which a sample keeps `density` of its pairs; found by bisection."""
+    share = lengths / lengths.sum()
+    shape = (rank.shape[0], 1, 1, 1)
+    lo = rank.new_full(shape, low)
+    hi = rank.new_full(shape, high)
+    for _ in range(14):
+        middle = (lo + hi) / 2
+        keep = must | (rank < middle if cut == "below" else rank > middle)
+        dense = ((keep.float() @ share) @ share).mean(-1).view(shape)
+        # "above": a higher cut keeps less; "below": a higher cut keeps more
+        raise_low = dense > density if cut == "above" else dense < density
+        lo = torch.where(raise_low, middle, lo)
+        hi = torch.where(raise_low, hi, middle)
+    return hi if cut == "above" else lo

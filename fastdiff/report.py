@@ -1,0 +1,143 @@
+"""Report: what ran, per layer: density, floating-point operations, time, and why calls were dense."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerReport:
+    """Counts of one attention layer over one run."""
+
+    name: str
+    index: int = -1
+    policy: str = ""
+    sparse_calls: int = 0
+    dense_calls: Counter = field(default_factory=Counter)
+    fallbacks: Counter = field(default_factory=Counter)
+    implementation: str = ""
+    _density: list[Tensor] = field(default_factory=list, repr=False)
+    _pairs: list[float] = field(default_factory=list, repr=False)
+    dense_flops: float = 0.0
+    tail_flops: float = 0.0
+    _clock: list[Any] = field(default_factory=list, repr=False)
+
+    def sparse(self, density: Tensor, flops: float, tail_flops: float) -> None:
+        """A sparse call that would have cost `flops` when dense. Keeps the tensor: no sync."""
+        self.sparse_calls += 1
+        self._density.append(density)
+        self._pairs.append(flops)
+        self.tail_flops += tail_flops
+
+    def dense(self, reason: str, flops: float, fallback: bool) -> None:
+        (self.fallbacks if fallback else self.dense_calls)[reason] += 1
+        self.dense_flops += flops
+
+    def timed(self, seconds_or_events: Any) -> None:
+        self._clock.append(seconds_or_events)
+
+    @property
+    def density(self) -> float:
+        """Realised density over the sparse calls."""
+        if not self._density:
+            return 1.0
+        return float(torch.stack([d.float().cpu() for d in self._density]).mean())
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """(computed, stock) floating-point operations of attention over all calls."""
+        stock = self.dense_flops + sum(self._pairs)
+        kept = sum(float(d) * f for d, f in zip(self._density, self._pairs, strict=True))
+        return self.dense_flops + self.tail_flops + kept, stock
+
+    @property
+    def seconds(self) -> float:
+        total = 0.0
+        for entry in self._clock:
+            if isinstance(entry, float):
+                total += entry
+            else:
+                begin, end = entry
+                end.synchronize()
+                total += begin.elapsed_time(end) / 1000
+        return total
+
+
+@dataclass
+class Report:
+    """All layers of a pipeline over its last run."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    def reset(self) -> None:
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = LayerReport(layer.name, layer.index, layer.policy)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per layer that was called, in order of use."""
+        used = [layer for layer in self.layers if layer.index >= 0]
+        return [_row(layer) for layer in sorted(used, key=lambda layer: layer.index)]
+
+    def summary(self) -> dict[str, Any]:
+        """Totals over all layers: calls, density, floating-point operations, seconds, fallbacks."""
+        rows = self.rows()
+        computed = sum(row["flops"] for row in rows)
+        stock = sum(row["stock_flops"] for row in rows)
+        sparse = [row for row in rows if row["sparse_calls"]]
+        calls = sum(row["sparse_calls"] for row in sparse)
+        fallbacks: Counter = Counter()
+        dense: Counter = Counter()
+        for row in rows:
+            fallbacks.update(row["fallbacks"])
+            dense.update(row["dense_calls"])
+        return {
+            "layers": len(rows),
+            "sparse_calls": calls,
+            "dense_calls": dict(dense),
+            "fallbacks": dict(fallbacks),
+            "density": sum(r["density"] * r["sparse_calls"] for r in sparse) / calls if calls else 1.0,
+            "density_all_calls": computed / stock if stock else 1.0,
+            "flops": computed,
+            "stock_flops": stock,
+            "seconds": sum(row["seconds"] for row in rows),
+        }
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        if not rows:
+            return "nothing has run yet"
+        total = self.summary()
+        lines = [f"{'layer':<44} {'impl':<9} {'sparse':>6} {'dense':>6} {'density':>8} "
+                 f"{'saved':>6} {'ms':>9}"]
+        for row in rows:
+            dense = sum(row["dense_calls"].values()) + sum(row["fallbacks"].values())
+            saved = 1 - row["flops"] / row["stock_flops"] if row["stock_flops"] else 0.0
+            lines.append(f"{row['layer'][-44:]:<44} {row['implementation'] or '-':<9} "
+                         f"{row['sparse_calls']:>6} {dense:>6} {row['density']:>8.3f} "
+                         f"{saved:>6.0%} {row['seconds'] * 1e3:>9.1f}")
+        lines.append(f"attention operations: {total['flops']:.3g} of {total['stock_flops']:.3g} "
+                     f"({total['density_all_calls']:.0%}); density in sparse calls "
+                     f"{total['density']:.3f}; {total['seconds']:.2f} s in the op")
+        lines += [f"dense by setting, {n} calls: {why}" for why, n in total["dense_calls"].items()]
+        lines += [f"DENSE FALLBACK, {n} calls: {why}" for why, n in total["fallbacks"].items()]
+        return "\n".join(lines)
+
+
+def _row(layer: LayerReport) -> dict[str, Any]:
+    computed, stock = layer.flops
+    return {
+        "layer": layer.name,
+        "index": layer.index,
+        "policy": layer.policy,
+        "implementation": layer.implementation,
+        "sparse_calls": layer.sparse_calls,
+        "dense_calls": dict(layer.dense_calls),
+        "fallbacks": dict(layer.fallbacks),
+        "density": layer.density,
+        "flops": computed,
+        "stock_flops": stock,
+        "seconds": layer.seconds,
+    }

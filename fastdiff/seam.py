@@ -1,0 +1,327 @@
+"""The one place where FastDiff enters a diffusers model and leaves it.
+
+Every processor that computes attention keeps its own code object: its class is swapped for a
+subclass whose `__call__` is that code bound to a copy of the module's globals, in which only the
+attention function is ours. RoPE, norms, LoRA and adapters inside the processor stay stock.
+"""
+
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fastdiff.attention import Layer, Session, attention, dense_attention
+from fastdiff.layout import TokenLayout
+
+ORIGINAL = "_fastdiff_original"
+LAYER = "_fastdiff_layer"
+DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
+
+
+class _Current(threading.local):
+    """What the attention module that is running now told us."""
+
+    layer: Layer | None = None
+    hidden: int = 0
+    context: int = 0
+
+
+_current = _Current()
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a diffusers attention processor, by the protocol and not by class."""
+    for name, module in model.named_modules():
+        if hasattr(module, "processor") and hasattr(module, "set_processor"):
+            yield name, module
+
+
+def supported(processor: Any) -> bool:
+    """Whether this processor calls attention by a name that FastDiff can take over."""
+    return _entry(type(processor)) is not None
+
+
+def _entry(cls: type) -> str | None:
+    call = inspect.getattr_static(cls, "__call__", None)
+    if not isinstance(call, types.FunctionType):
+        return None
+    names = call.__code__.co_names
+    for wanted in (DISPATCH, SDPA):
+        if wanted in names and ("F" if wanted == SDPA else wanted) in call.__globals__:
+            return wanted
+    return None
+
+
+def _take(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None,
+    backend: str, obstacle: str | None,
+) -> Tensor | None:
+    """Attention by FastDiff, all [B, S, H, D]; None leaves this call to the stock function."""
+    layer = _current.layer
+    if layer is None:
+        return None
+    denoiser = layer.denoiser
+    tokens = query.shape[1]
+    if tokens != key.shape[1]:
+        return None  # cross-attention
+    if _current.context and tokens != _current.hidden + _current.context:
+        return None  # cross-attention to as many tokens
+    whole = denoiser.layout
+    if whole is None:
+        _refuse(layer, "the latent grid of this model is not known")
+        return None
+    layout = whole.matching(tokens)
+    if layout is None:
+        if tokens > whole.grid_tokens:
+            _refuse(layer, f"{tokens} tokens do not fit the latent grid {tuple(whole)}")
+        return None  # attention over something else: text, time, sound
+    if obstacle is not None:
+        _refuse(layer, obstacle)
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        _refuse(layer, "gradients are wanted, and the sparse op has no backward")
+        return None
+    ids = denoiser.ids
+    sizes = [*layout.grid, layout.before, layout.after]
+    return attention(query, key, value, mask, ids, layer.number, sizes, scale, backend)
+
+
+def _refuse(layer: Layer, reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        layer.session.fallback(layer, reason)
+
+
+def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+    """Stand-in for torch's function inside processors. query: [B, H, S, D]."""
+    obstacle = _obstacle(dropout_p, is_causal, None)
+    out = None
+    if query.dim() == 4:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = _take(q, k, v, attn_mask, scale, "sdpa", obstacle)
+    if out is not None:
+        return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+        scale=scale, **kwargs,
+    )
+
+
+def _dispatch(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+    enable_gqa=False, attention_kwargs=None, *, backend=None, parallel_config=None,
+):
+    """Stand-in for diffusers' dispatcher inside processors. query: [B, S, H, D]."""
+    obstacle = _obstacle(dropout_p, is_causal, parallel_config)
+    mask_ok = attn_mask is None or isinstance(attn_mask, Tensor)
+    name = "" if backend is None else getattr(backend, "value", str(backend))
+    out = None
+    if mask_ok:
+        out = _take(query, key, value, attn_mask, scale, f"dispatch:{name}", obstacle)
+    if out is not None:
+        return out
+    return _stock_dispatch()(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+        scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs, backend=backend,
+        parallel_config=parallel_config,
+    )
+
+
+def _obstacle(dropout_p: float, is_causal: bool, parallel_config: Any) -> str | None:
+    if dropout_p:
+        return "attention dropout"
+    if is_causal:
+        return "causal attention"
+    return None if parallel_config is None else "context parallelism"
+
+
+def _stock_dispatch() -> Callable[..., Tensor]:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn
+
+
+def _dense_dispatch(query, key, value, mask, scale, name):
+    gqa = query.shape[2] != key.shape[2]
+    return _stock_dispatch()(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa, backend=name or None
+    )
+
+
+dense_attention["dispatch"] = _dense_dispatch
+
+
+def _shadow_module(module_name: str, changes: dict[str, Any]) -> types.ModuleType:
+    name = f"fastdiff._shadow.{module_name}"
+    shadow = sys.modules.get(name)
+    if shadow is None:
+        # registered, because Dynamo finds a function's globals by importing its module
+        shadow = types.ModuleType(name)
+        shadow.__dict__.update(vars(sys.modules[module_name]))
+        shadow.__dict__.update(changes, __name__=name)
+        sys.modules[name] = shadow
+    return shadow
+
+
+_subclasses: dict[type, type] = {}
+
+
+def _subclass(cls: type) -> type | None:
+    """A subclass of this processor class whose attention call is ours; None if it has none."""
+    if cls in _subclasses:
+        return _subclasses[cls]
+    entry = _entry(cls)
+    if entry is None:
+        return None
+    call = inspect.getattr_static(cls, "__call__")
+    changes: dict[str, Any] = {}
+    if DISPATCH in call.__globals__:
+        changes[DISPATCH] = _dispatch
+    if "F" in call.__globals__:
+        changes["F"] = _shadow_module("torch.nn.functional", {SDPA: _sdpa})
+    shadow = _shadow_module(call.__module__, changes)
+    ours = types.FunctionType(
+        call.__code__, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__
+    )
+    ours.__kwdefaults__ = call.__kwdefaults__
+    ours.__annotations__ = call.__annotations__
+    ours.__qualname__ = call.__qualname__
+    body = {"__call__": ours, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__, ORIGINAL: cls}
+    subclass = type(cls.__name__, (cls,), body)
+    _register_like(subclass, cls)
+    _subclasses[cls] = subclass
+    return subclass
+
+
+def _register_like(subclass: type, cls: type) -> None:
+    """diffusers' registry looks processors up by exact class (layer skipping reads it)."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(cls)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(subclass, metadata)
+
+
+def arm_processor(module: nn.Module) -> bool:
+    """Swap the class of this module's processor; False if it has no attention call of ours."""
+    processor = module.processor
+    if hasattr(type(processor), ORIGINAL):
+        return True
+    subclass = _subclass(type(processor))
+    if subclass is None:
+        return False
+    processor.__class__ = subclass
+    return True
+
+
+def disarm_processor(module: nn.Module) -> None:
+    processor = module.processor
+    original = getattr(type(processor), ORIGINAL, None)
+    if original is not None:
+        processor.__class__ = original
+
+
+class Denoiser:
+    """A transformer or UNet that FastDiff drives: its layers, and the layout of the running call.
+
+    read: (module, arguments by name) -> TokenLayout, or (TokenLayout, ids) where only position ids
+        know the grid. site: class name of the submodule whose input shows the grid, None for the
+        model itself. skip: parts of module names whose attention is not over the latent grid.
+    """
+
+    def __init__(
+        self, model: nn.Module, read: Callable[..., Any], site: str | None, skip: tuple[str, ...],
+        session: Session,
+    ) -> None:
+        self.model = ref(model)
+        self.session = session
+        self.layout: TokenLayout | None = None
+        self.ids: Tensor | None = None
+        self.unsupported: list[str] = []
+        self.layers: list[Layer] = []
+        self._skip = skip
+        self._read = read
+        self._grid: tuple[Tensor, tuple[int, int, int]] | None = None
+        self._handles: list[Any] = []
+        sites = [model] if site is None else [
+            m for m in model.modules() if type(m).__name__ == site
+        ]
+        for module in sites:
+            self._handles.append(self._watch(module))
+        self.arm()
+
+    def arm(self) -> None:
+        """Take over every attention module, also those that appeared or changed since."""
+        model = self.model()
+        if model is None:
+            return
+        self.unsupported = []
+        for name, module in attention_modules(model):
+            if any(part in name for part in self._skip):
+                continue
+            if not arm_processor(module):
+                self.unsupported.append(f"{name} ({type(module.processor).__name__})")
+                continue
+            if getattr(module, LAYER, None) is None:
+                self._arm_module(name, module)
+
+    def disarm(self) -> None:
+        model = self.model()
+        for handle in self._handles:
+            handle.remove()
+        if model is None:
+            return
+        for _, module in attention_modules(model):
+            disarm_processor(module)
+            module.__dict__.pop(LAYER, None)
+
+    def grid_from_ids(self, ids: Tensor) -> tuple[int, int, int]:
+        """The grid that position ids [S, 3 or more] span; read once per ids tensor."""
+        if self._grid is None or self._grid[0] is not ids:
+            sizes = [int(n) for n in (ids[:, -2:].amax(0) - ids[:, -2:].amin(0) + 1).tolist()]
+            count, plane = ids.shape[0], sizes[0] * sizes[1]
+            grid = (count // plane, sizes[0], sizes[1]) if count % plane == 0 else (1, 1, count)
+            self._grid = (ids, grid)
+        return self._grid[1]
+
+    def _watch(self, module: nn.Module) -> Any:
+        names = [*inspect.signature(type(module).forward).parameters][1:]
+        read = self._read
+
+        def before_forward(module, args, kwargs):
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            found = read(module, arguments)
+            if isinstance(found, TokenLayout) or found is None:
+                self.layout, self.ids = found, None
+            else:
+                self.layout, self.ids = found
+
+        return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    def _arm_module(self, name: str, module: nn.Module) -> None:
+        layer = Layer(name, self, self.session)
+        self.layers.append(layer)
+        object.__setattr__(module, LAYER, layer)
+
+        def before_attention(module, args, kwargs):
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+            _current.layer = getattr(module, LAYER, None)
+            _current.hidden = 0 if hidden is None else hidden.shape[1]
+            _current.context = 0 if other is None else other.shape[1]
+            if not torch.compiler.is_compiling():
+                # fuse_qkv_projections, IP-Adapters and users replace processors
+                arm_processor(module)
+
+        self._handles.append(
+            module.register_forward_pre_hook(before_attention, with_kwargs=True)
+        )

@@ -1,0 +1,1 @@
+"""What changes the sampling loop or knows a model family."""
