@@ -1,0 +1,166 @@
+"""Attention over lists of kept key blocks, with an optional pooled tail for the blocks not kept."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_sparse_attention", "implementations", "probe"]
+
+Tail = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# name -> module, most wanted first; "auto" walks AUTO in this order
+IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
+AUTO = ("triton", "torch")
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    key_mask: Tensor | None = None,
+    tail: Tail | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which query block `i` sees only the key blocks in its list.
+
+    query: [B, Sq, H, D]; key, value: [B, Skv, Hk, D] with Hk dividing H. Any strides, D contiguous.
+    indices: int32 [B, H, NQ, M]; counts: int32 [B, H, NQ]. The first `counts` entries of a row are
+        distinct key block numbers; the rest is never read.
+    query_offsets, key_offsets: int32 [NQ + 1], [NK + 1], from 0 to the sequence length, not falling.
+        Block `i` owns tokens `offsets[i]` to `offsets[i + 1]`; a block may be empty.
+    block_q, block_k: upper bounds of the block lengths.
+    key_mask: bool [B, Skv]; a False key counts for nobody.
+    tail: (key_mean [B, Hk, NK, D], value_mean [B, Hk, NK, D], weight float32 [B, NK],
+        keep bool [B, H, NQ, NK]). A block with `keep` False enters the same softmax as one key,
+        its mean, whose score is raised by log(weight); weight 0 adds nothing.
+    returns: [B, Sq, H, D] in query's dtype; with `return_lse` also the natural log of the
+        denominator, float32 [B, H, Sq]. A query with no key at all gets zeros and -inf.
+
+    The values of indices, counts and offsets are trusted: reading them would stall the device.
+    """
+    _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail)
+    if block_q < 1 or block_k < 1:
+        raise ValueError(f"block_q and block_k must be positive, got {block_q} and {block_k}")
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    module = _choose(impl, query.device, query.dtype, query.shape[-1])
+    output, lse = module.run(
+        query,
+        key,
+        value,
+        indices,
+        counts,
+        query_offsets,
+        key_offsets,
+        block_q=block_q,
+        block_k=block_k,
+        key_mask=key_mask,
+        tail=tail,
+        scale=scale,
+        return_lse=return_lse,
+    )
+    return (output, lse) if return_lse else output
+
+
+def implementations(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> dict[str, list[str]]:
+    """Every implementation by name, with the reasons why it cannot run here (none: usable)."""
+    device = torch.device(device)
+    return {
+        name: _module(name).not_supported_reasons(device, dtype, head_dim)
+        for name in IMPLEMENTATIONS
+    }
+
+
+def probe(impl: str, device: torch.device | str) -> str | None:
+    """Run a tiny case with `impl` on `device`; None when it is right, else what went wrong."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 48, 2, 32, generator=generator).to(device) for _ in range(3))
+    offsets = torch.tensor([0, 16, 32, 48], dtype=torch.int32, device=device)
+    indices = torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32, device=device)
+    indices = indices.expand(1, 2, 3, 2).contiguous()
+    counts = torch.tensor([2, 1, 2], dtype=torch.int32, device=device).expand(1, 2, 3).contiguous()
+    args = (q, k, v, indices, counts, offsets, offsets)
+    try:
+        found = block_sparse_attention(*args, block_q=16, block_k=16, impl=impl)
+    except Exception as error:  # a probe reports whatever a compiler or driver throws
+        return f"{type(error).__name__}: {error}"
+    wanted = block_sparse_attention(*args, block_q=16, block_k=16, impl="reference")
+    error = (found - wanted).abs().max().item()
+    return None if error < 1e-4 else f"wrong result, largest error {error:.3g}"
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(IMPLEMENTATIONS[name], __name__)
+
+
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    refused = {}
+    for name in AUTO if impl == "auto" else (impl,):
+        # an interpreted kernel on the CPU is for tests, so only its own name selects it
+        if impl == "auto" and name != "torch" and device.type == "cpu":
+            continue
+        refused[name] = _module(name).not_supported_reasons(device, dtype, head_dim)
+        if not refused[name]:
+            return _module(name)
+    told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise ValueError(f"no implementation for {device}, {dtype}, head_dim={head_dim} ({told})")
+
+
+def _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail) -> None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(
+            "query must be [B, Sq, H, D] and key, value one [B, Skv, Hk, D], got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    B, _, H, D = query.shape
+    _, Skv, Hk, _ = key.shape
+    if key.shape[0] != B or key.shape[3] != D or Hk == 0 or H % Hk:
+        raise ValueError(f"key {tuple(key.shape)} does not fit query {tuple(query.shape)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(-1) != 1 and D > 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, strides {x.stride()}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, and there is no backward yet")
+    NQ, NK = query_offsets.numel() - 1, key_offsets.numel() - 1
+    _expect("counts", counts, (B, H, NQ), torch.int32, query)
+    _expect("indices", indices, (B, H, NQ, indices.shape[-1]), torch.int32, query)
+    _expect("query_offsets", query_offsets, (NQ + 1,), torch.int32, query)
+    _expect("key_offsets", key_offsets, (NK + 1,), torch.int32, query)
+    if key_mask is not None:
+        _expect("key_mask", key_mask, (B, Skv), torch.bool, query)
+    if tail is not None:
+        key_mean, value_mean, weight, keep = tail
+        _expect("tail key_mean", key_mean, (B, Hk, NK, D), query.dtype, query)
+        _expect("tail value_mean", value_mean, (B, Hk, NK, D), query.dtype, query)
+        _expect("tail weight", weight, (B, NK), torch.float32, query)
+        _expect("tail keep", keep, (B, H, NQ, NK), torch.bool, query)
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, query: Tensor) -> None:
+    if tuple(x.shape) != shape or x.dtype != dtype or x.device != query.device:
+        raise ValueError(
+            f"{name} must be {dtype} {shape} on {query.device}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )

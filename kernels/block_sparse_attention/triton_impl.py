@@ -1,0 +1,152 @@
+"""Block-sparse attention as one plain Triton kernel: pointer loads, online softmax in base 2."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DEVICES = ("cuda", "cpu under TRITON_INTERPRET=1")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 256)
+CAPABILITY = (8, 0)
+
+# (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
+CONFIGS = {
+    (64, False): (128, 64, 4, 3),
+    (128, False): (128, 64, 8, 3),
+    (256, False): (64, 64, 4, 2),
+    (64, True): (64, 32, 4, 2),
+    (128, True): (64, 32, 4, 2),
+    (256, True): (32, 32, 4, 1),
+}
+
+
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    reasons = []
+    if find_spec("triton") is None:
+        return ["triton is not installed"]
+    if dtype not in DTYPES:
+        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
+        reasons.append(f"head_dim {head_dim} is outside {HEAD_DIMS}")
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+            reasons.append(f"compute capability is below {CAPABILITY}")
+    elif device.type != "cpu" or not interpreting():
+        reasons.append(f"device {device} is not one of {DEVICES}")
+    return reasons
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether triton runs kernels as Python; decided when triton is first imported."""
+    from .triton_kernel import block_sparse_attention_fwd_kernel
+
+    return type(block_sparse_attention_fwd_kernel).__name__ == "InterpretedFunction"
+
+
+def config(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
+    BD = max(16, 1 << (head_dim - 1).bit_length())
+    BM, BN, warps, stages = CONFIGS[max(64, BD), dtype.itemsize == 4]
+    BM = min(BM, max(16, 1 << (block_q - 1).bit_length()))
+    BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
+    warps = min(warps, max(1, BM // 16))
+    return dict(BM=BM, BN=BN, BD=BD, num_warps=warps, num_stages=stages)
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    key_mask: Tensor | None,
+    tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One program per (batch, head, query tile), heads outermost so that K and V stay in L2.
+
+    Scores, softmax and sums are float32; probabilities are rounded to value's dtype for the second
+    product, float32 products run as three TF32 passes.
+    """
+    from .triton_kernel import block_sparse_attention_fwd_kernel
+
+    B, Sq, H, D = query.shape
+    Skv, Hk = key.shape[1:3]
+    NQ, NK = query_offsets.numel() - 1, key_offsets.numel() - 1
+    output = torch.empty(B, Sq, H, D, dtype=query.dtype, device=query.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(B, H, Sq, dtype=torch.float32, device=query.device)
+    if output.numel() == 0:
+        return output, lse
+
+    indices, counts = indices.contiguous(), counts.contiguous()
+    # an argument that a flag switches off still needs a pointer
+    nothing = query_offsets
+    mask = nothing if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    key_mean = value_mean = weight = keep = nothing
+    mean_strides = (0,) * 6
+    if tail is not None:
+        key_mean, value_mean, weight, keep = tail
+        key_mean, value_mean = (x if x.stride(-1) == 1 else x.contiguous() for x in tail[:2])
+        mean_strides = (*key_mean.stride()[:3], *value_mean.stride()[:3])
+        weight, keep = weight.contiguous(), keep.contiguous().view(torch.uint8)
+
+    meta = config(block_q, block_k, D, query.dtype)
+    parts_q, parts_k = -(-block_q // meta["BM"]), -(-block_k // meta["BN"])
+    block_sparse_attention_fwd_kernel[(NQ * parts_q, B * H)](
+        query,
+        key,
+        value,
+        output,
+        output if lse is None else lse,
+        indices,
+        counts,
+        query_offsets,
+        key_offsets,
+        mask,
+        key_mean,
+        value_mean,
+        weight,
+        keep,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *output.stride()[:3],
+        *mean_strides,
+        Sq,
+        Skv,
+        H,
+        H // Hk,
+        NQ,
+        NK,
+        indices.shape[-1],
+        # the kernel's exponentials are powers of two
+        scale * 1.4426950408889634,
+        D=D,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        PARTS_Q=parts_q,
+        PARTS_K=parts_k,
+        # blocks of at most block_k tokens can only fill Skv when each is full
+        FULL_Q=NQ * block_q == Sq and block_q % meta["BM"] == 0,
+        FULL_K=NK * block_k == Skv and block_k % meta["BN"] == 0,
+        EQUAL_K=NK * block_k == Skv,
+        USE_MASK=key_mask is not None,
+        USE_TAIL=tail is not None,
+        USE_LSE=return_lse,
+        UPCAST=interpreting(),
+        **meta,
+    )
+    return output, lse
