@@ -1,0 +1,117 @@
+"""The training code: sign of motion, captions, tokenizer, and equality with the stock modules."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+
+from training import captions, data, denoiser, text  # noqa: E402
+from training.autoencoder import FullSequence, build_autoencoder  # noqa: E402
+
+AE = {"encoder_dim": 8, "decoder_dim": 8, "dim_mult": [1, 2, 3]}
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    return data.load_sprites("cpu")
+
+
+@pytest.mark.parametrize(
+    ("motion", "dx", "dy"),
+    [
+        ("moving left", -1, 0),
+        ("moving right", 1, 0),
+        ("moving up", 0, -1),
+        ("moving down", 0, 1),
+        ("not moving", 0, 0),
+    ],
+)
+def test_motion_goes_the_way_its_caption_says(sprites, motion, dx, dy):
+    scene = captions.Scene(0, 0, 0, captions.MOTIONS.index(motion))
+    assert motion in captions.plain_caption(scene)
+    batch = data.make_batch([scene] * 4, random.Random(0), frames=9, duration=9)
+    alpha = data.render(batch, sprites, 64, alpha_only=True)[:, :, 0]
+    axis = (torch.arange(64) + 0.5) / 64
+    mass = alpha.sum((2, 3))
+    x = (alpha.sum(2) * axis).sum(-1) / mass
+    y = (alpha.sum(3) * axis).sum(-1) / mass
+    moved = torch.stack([x[:, -1] - x[:, 0], y[:, -1] - y[:, 0]], 1)
+    expected = torch.tensor([dx, dy])
+    assert ((moved * expected) >= 0.25 * expected.abs()).all()
+    assert (moved.abs() * (1 - expected.abs()) < 0.02).all()
+    assert (x - batch.x).abs().max() < 0.08
+
+
+def test_training_never_draws_a_held_out_pair():
+    rng = random.Random(1)
+    for clip in (False, True):
+        seen = [data.random_scene(rng, clip) for _ in range(500)]
+        assert not any(captions.held_out(s.obj, s.colour) for s in seen)
+    share = len(captions.held_out_pairs()) / (len(captions.NAMES) * len(captions.COLOURS))
+    assert 0.10 < share < 0.15
+
+
+def test_captions_name_object_colour_and_pattern():
+    rng = random.Random(2)
+    for _ in range(300):
+        scene = data.random_scene(rng, rng.random() < 0.5)
+        text = captions.caption(scene, rng)
+        row = captions.OBJECTS[scene.obj]
+        assert any(noun in text for noun in (row["name"], *row["synonyms"]))
+        assert f"{captions.COLOUR_NAMES[scene.colour]} background" in text
+        assert scene.pattern == 0 or captions.PATTERNS[scene.pattern] in text
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 33])
+def test_full_sequence_equals_stock_autoencoder(frames):
+    torch.manual_seed(0)
+    vae = build_autoencoder(AE).eval()
+    video = torch.rand(2, frames, 3, 32, 32) * 2 - 1
+    model = FullSequence(vae)
+    with torch.no_grad():
+        moments = model.encode(video)
+        stock = vae.encode(video.transpose(1, 2)).latent_dist.parameters
+        torch.testing.assert_close(moments.transpose(1, 2), stock, rtol=1e-4, atol=1e-4)
+        latents = torch.randn(2, (frames + 3) // 4, 16, 4, 4)
+        decoded = model.decode(latents).clamp(-1, 1)
+        stock = vae.decode(latents.transpose(1, 2)).sample
+        torch.testing.assert_close(decoded.transpose(1, 2), stock, rtol=1e-4, atol=1e-4)
+
+
+def test_tokenizer_covers_captions_in_few_tokens_and_any_text():
+    tokenizer = text.build_tokenizer()
+    rng = random.Random(3)
+    for i in range(200):
+        caption = captions.caption(data.random_scene(rng, i % 2 == 0), rng)
+        ids = tokenizer(caption)["input_ids"]
+        assert len(ids) <= len(caption.replace(",", " ,").split()) + 1 < text.TOKENS
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == caption
+    odd = "A snowman by the sea, 漢字 and émoji 🙂!"
+    back = tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True)
+    assert back.strip() == odd.lower()
+    assert tokenizer("")["input_ids"] == [text.EOS]
+
+
+@pytest.mark.parametrize("padded", [32, 226])
+def test_lean_denoiser_equals_stock_on_zero_padded_prompts(padded):
+    torch.manual_seed(0)
+    model = denoiser.build_denoiser({"heads": 2, "layers": 2, "ffn_dim": 128}, text_dim=16).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.08)
+    latents = torch.randn(2, 16, 3, 8, 8)
+    lengths = torch.tensor([5, 11])
+    prompt = torch.randn(2, padded, 16)
+    prompt[0, 5:], prompt[1, 11:] = 0, 0
+    sigma = torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        stock = model(latents, sigma * 1000, prompt, return_dict=False)[0]
+        bias = denoiser.pad_bias(lengths, torch.tensor([padded, padded]))
+        lean = denoiser.LeanDenoiser(model)
+        out = lean(latents, sigma, prompt[:, : text.TOKENS], bias, torch.float32)
+    torch.testing.assert_close(out, denoiser.patches(stock, "output"), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,192 @@
+"""The Wan autoencoder at full sequence: encode and decode without the per-chunk feature cache."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+
+def build_autoencoder(config: dict) -> AutoencoderKLWan:
+    """An untrained `AutoencoderKLWan` of 8x space and 4x time on 2x2 pixel patches."""
+    return AutoencoderKLWan(
+        base_dim=config["encoder_dim"],
+        decoder_base_dim=config["decoder_dim"],
+        z_dim=16,
+        dim_mult=list(config["dim_mult"]),
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """Channel RMS norm and SiLU of [N, C, H, W]; `gamma` is [C]."""
+    h = x.float()
+    h = h * (h.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)).reciprocal()
+    h = h * (h.shape[1] ** 0.5) * gamma.view(1, -1, 1, 1)
+    return F.silu(h).to(x.dtype)
+
+
+class FullSequence:
+    """Runs the genuine module's weights over whole clips folded to [B * T, C, H, W]."""
+
+    def __init__(self, vae: AutoencoderKLWan, compiler: Callable | None = None):
+        self.vae = vae
+        self.norm_silu = compiler(norm_silu) if compiler is not None else norm_silu
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Moments [B, T', 32, H / 8, W / 8] of frames [B, T, 3, H, W]; T is 1 or 1 + 4 k."""
+        b, t = video.shape[:2]
+        x = _fold_patches(video.flatten(0, 1))
+        x = x.contiguous(memory_format=torch.channels_last)
+        encoder = self.vae.encoder
+        x = _conv(encoder.conv_in, x, t)
+        for layer in encoder.down_blocks:
+            x, t = self._down(layer, x, b, t)
+        x = self._mid(encoder.mid_block, x, t)
+        x = self._act(encoder.norm_out, x)
+        x = _conv(self.vae.quant_conv, _conv(encoder.conv_out, x, t), t)
+        return x.unflatten(0, (b, t))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames [B, T, 3, H, W], not clamped, of latents [B, T', 16, H / 8, W / 8]."""
+        b, t = latents.shape[:2]
+        x = latents.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        decoder = self.vae.decoder
+        x = _conv(decoder.conv_in, _conv(self.vae.post_quant_conv, x, t), t)
+        x = self._mid(decoder.mid_block, x, t)
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                x = self._residual(resnet, x, t)
+            if block.upsamplers is not None:
+                x, t = _upsample(block.upsamplers[0], x, b, t)
+        x = _conv(decoder.conv_out, self._act(decoder.norm_out, x), t)
+        return _unfold_patches(x).unflatten(0, (b, t))
+
+    def _act(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self.norm_silu(x, norm.gamma.flatten())
+
+    def _residual(self, block: nn.Module, x: Tensor, t: int) -> Tensor:
+        short = x if isinstance(block.conv_shortcut, nn.Identity) else _conv(
+            block.conv_shortcut, x, t
+        )
+        x = _conv(block.conv1, self._act(block.norm1, x), t)
+        return short + _conv(block.conv2, self._act(block.norm2, x), t)
+
+    def _mid(self, block: nn.Module, x: Tensor, t: int) -> Tensor:
+        x = self._residual(block.resnets[0], x, t)
+        for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+            x = self._residual(resnet, _attend(attention, x), t)
+        return x
+
+    def _down(self, layer: nn.Module, x: Tensor, b: int, t: int) -> tuple[Tensor, int]:
+        if not hasattr(layer, "resample"):
+            return self._residual(layer, x, t), t
+        conv = layer.resample[1]
+        x = F.conv2d(F.pad(x, (0, 1, 0, 1)), conv.weight, conv.bias, stride=2)
+        if layer.mode == "downsample3d" and t > 1:
+            clip = x.unflatten(0, (b, t))
+            taps = torch.cat([clip[:, 0:-2:2], clip[:, 1:-1:2], clip[:, 2::2]], 2)
+            rest = _fold_taps(layer.time_conv, taps.flatten(0, 1))
+            t = (t + 1) // 2
+            clip = torch.cat([clip[:, :1], rest.unflatten(0, (b, t - 1))], 1)
+            x = clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return x, t
+
+
+def _fold_patches(x: Tensor) -> Tensor:
+    """[N, 3, H, W] to [N, 12, H / 2, W / 2] in the channel order of the module (column, row)."""
+    n, c, h, w = x.shape
+    x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 5, 3, 2, 4)
+    return x.reshape(n, c * 4, h // 2, w // 2)
+
+
+def _unfold_patches(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    x = x.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 3, 5, 2)
+    return x.reshape(n, c // 4, h * 2, w * 2)
+
+
+def _fold_taps(conv: nn.Module, taps: Tensor) -> Tensor:
+    """A convolution in time as a 2-D one over the channels of its three taps."""
+    weight = conv.weight.transpose(1, 2).flatten(1, 2)
+    return F.conv2d(taps, weight, conv.bias, padding=weight.shape[-1] // 2)
+
+
+def _conv(conv: nn.Module, x: Tensor, t: int) -> Tensor:
+    """The causal 3-D convolution of x [B * T, C, H, W], as a 2-D one."""
+    weight = conv.weight
+    if weight.shape[2] == 1 or t == 1:
+        last = weight[:, :, -1]
+        return F.conv2d(x, last, conv.bias, padding=last.shape[-1] // 2)
+    clip = F.pad(x.unflatten(0, (-1, t)), (0, 0, 0, 0, 0, 0, 2, 0))
+    taps = torch.cat([clip[:, 0:t], clip[:, 1 : t + 1], clip[:, 2:]], 2).flatten(0, 1)
+    return _fold_taps(conv, taps.contiguous(memory_format=torch.channels_last))
+
+
+def _attend(block: nn.Module, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    gamma = block.norm.gamma.view(1, -1, 1, 1)
+    y = (F.normalize(x.float(), dim=1) * c**0.5 * gamma).to(x.dtype)
+    qkv = F.conv2d(y, block.to_qkv.weight, block.to_qkv.bias)
+    query, key, value = qkv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)
+    y = F.scaled_dot_product_attention(query, key, value)
+    y = y.squeeze(1).transpose(1, 2).reshape(n, c, h, w)
+    return x + F.conv2d(y, block.proj.weight, block.proj.bias)
+
+
+def _upsample(layer: nn.Module, x: Tensor, b: int, t: int) -> tuple[Tensor, int]:
+    if layer.mode == "upsample3d" and t > 1:
+        clip = x.unflatten(0, (b, t))
+        rest = _conv(layer.time_conv, clip[:, 1:].flatten(0, 1), t - 1)
+        rest = rest.unflatten(1, (2, -1)).unflatten(0, (b, t - 1)).flatten(1, 2)
+        clip = torch.cat([clip[:, :1], rest], 1)
+        t = 2 * t - 1
+        x = clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    conv = layer.resample[1]
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+    return F.conv2d(x, conv.weight, conv.bias, padding=1), t
+
+
+def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean structural similarity of [N, 3, H, W] in [0, 1] over 7x7 boxes."""
+    def pool(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 7, stride=2)
+
+    ma, mb = pool(a), pool(b)
+    va, vb = pool(a * a) - ma * ma, pool(b * b) - mb * mb
+    cov = pool(a * b) - ma * mb
+    top = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+    return (top / ((ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4))).mean()
+
+
+def reconstruction_loss(frames: Tensor, target: Tensor) -> Tensor:
+    """L1, edge and SSIM terms of [B, T, 3, H, W] in [-1, 1]."""
+    a, b = frames.float().flatten(0, 1), target.float().flatten(0, 1)
+    loss = (a - b).abs().mean()
+    for da, db in zip(_edges(a), _edges(b), strict=True):
+        loss = loss + 0.5 * (da - db).abs().mean()
+    return loss + 0.15 * (1 - _ssim(a / 2 + 0.5, b / 2 + 0.5))
+
+
+def autoencoder_loss(model: FullSequence, video: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """Training loss and mean squared error (detached) of frames [B, T, 3, H, W]."""
+    mean, log_variance = model.encode(video).float().chunk(2, 2)
+    log_variance = log_variance.clamp(-20, 4)
+    latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    frames = model.decode(latents)
+    error = F.mse_loss(frames.detach().float().clamp(-1, 1), video)
+    return reconstruction_loss(frames, video) + kl_weight * kl, error
