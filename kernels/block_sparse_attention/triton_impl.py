@@ -15,12 +15,12 @@ CAPABILITY = (8, 0)
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
-    (64, False): (128, 64, 4, 3),
+    (64, False): (128, 64, 8, 3),
     (128, False): (128, 64, 8, 3),
-    (256, False): (64, 64, 4, 2),
+    (256, False): (128, 32, 8, 2),
     (64, True): (64, 32, 4, 2),
-    (128, True): (64, 32, 4, 2),
-    (256, True): (32, 32, 4, 1),
+    (128, True): (64, 16, 4, 2),
+    (256, True): (64, 16, 4, 1),
 }
 
 
@@ -96,12 +96,15 @@ def run(
     nothing = query_offsets
     mask = nothing if key_mask is None else key_mask.contiguous().view(torch.uint8)
     key_mean = value_mean = weight = keep = nothing
-    mean_strides = (0,) * 6
     if tail is not None:
         key_mean, value_mean, weight, keep = tail
         key_mean, value_mean = (x if x.stride(-1) == 1 else x.contiguous() for x in tail[:2])
-        mean_strides = (*key_mean.stride()[:3], *value_mean.stride()[:3])
         weight, keep = weight.contiguous(), keep.contiguous().view(torch.uint8)
+
+    strided = (query, key, value, output, *((key_mean, value_mean) if tail is not None else ()))
+    strides = [stride for x in strided for stride in x.stride()[:3]]
+    strides += [0] * (18 - len(strides))
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
 
     meta = config(block_q, block_k, D, query.dtype)
     parts_q, parts_k = -(-block_q // meta["BM"]), -(-block_k // meta["BN"])
@@ -120,11 +123,7 @@ def run(
         value_mean,
         weight,
         keep,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *output.stride()[:3],
-        *mean_strides,
+        *(stride // unit for stride in strides),
         Sq,
         Skv,
         H,
@@ -147,6 +146,7 @@ def run(
         USE_TAIL=tail is not None,
         USE_LSE=return_lse,
         UPCAST=interpreting(),
+        UNIT=unit,
         **meta,
     )
     return output, lse

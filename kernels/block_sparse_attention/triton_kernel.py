@@ -87,7 +87,16 @@ def block_sparse_attention_fwd_kernel(
     USE_TAIL: tl.constexpr,
     USE_LSE: tl.constexpr,
     UPCAST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
+    # strides come in units, so that the compiler sees rows of 40 or 72 elements as aligned
+    sqb, sqs, sqh = sqb * UNIT, sqs * UNIT, sqh * UNIT
+    skb, sks, skh = skb * UNIT, sks * UNIT, skh * UNIT
+    svb, svs, svh = svb * UNIT, svs * UNIT, svh * UNIT
+    sob, sos, soh = sob * UNIT, sos * UNIT, soh * UNIT
+    skmb, skmh, skmn = skmb * UNIT, skmh * UNIT, skmn * UNIT
+    svmb, svmh, svmn = svmb * UNIT, svmh * UNIT, svmn * UNIT
+
     i_q = tl.program_id(0) // PARTS_Q
     i_part = tl.program_id(0) % PARTS_Q
     i_bh = tl.program_id(1)

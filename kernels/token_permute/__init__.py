@@ -1,15 +1,38 @@
-"""Reorder the tokens of a sequence, and put them back."""
+"""Put tokens in another order, and back, exactly."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
 __all__ = ["permute_tokens", "unpermute_tokens"]
 
-
-def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
-    """x: [B, S, H, D]; order: integer [S]. Token `i` of the result is token `order[i]` of x."""
-    return x.index_select(1, order)
+IMPLEMENTATIONS = {"torch": ".torch_impl", "reference": ".reference"}
 
 
-def unpermute_tokens(x: Tensor, inverse: Tensor) -> Tensor:
-    """The exact inverse of `permute_tokens`; inverse: integer [S], the inverse permutation."""
-    return x.index_select(1, inverse)
+def permute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
+    """x: [B, S, ...], order: a permutation of 0 to S - 1, int32 or int64 [S]. Returns x[:, order]."""
+    return _choose(x, order, impl).permute(x, order)
+
+
+def unpermute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
+    """The inverse: `unpermute_tokens(permute_tokens(x, order), order)` is x, bit for bit."""
+    return _choose(x, order, impl).unpermute(x, order)
+
+
+def _choose(x: Tensor, order: Tensor, impl: str) -> ModuleType:
+    if x.ndim < 2 or order.shape != (x.shape[1],):
+        raise ValueError(
+            f"order must have one entry per token: {tuple(order.shape)} for {tuple(x.shape)}"
+        )
+    if order.dtype not in (torch.int32, torch.int64) or order.device != x.device:
+        raise ValueError(
+            f"order must be int32 or int64 on {x.device}, got {order.dtype} on {order.device}"
+        )
+    impl = "torch" if impl == "auto" else impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    return import_module(IMPLEMENTATIONS[impl], __name__)
