@@ -16,7 +16,7 @@ from fastdiff.pipelines.families import families, family_of
 from fastdiff.pipelines.families.generic import GENERIC
 from fastdiff.policies import Policy
 from fastdiff.report import Report
-from fastdiff.seam import Denoiser, attention_modules, supported
+from fastdiff.seam import Denoiser, attention_modules, disarm, supported
 
 HANDLE = "_fastdiff_handle"
 # parts of a pipeline that hold attention and are not the denoiser
@@ -31,6 +31,10 @@ class Handle:
         self._denoisers = denoisers
         self._names = names
         self._pipe: Any = None
+
+    def __deepcopy__(self, memo: dict) -> "Handle":
+        # a copied model must not copy the whole pipeline with it
+        return self
 
     @property
     def enabled(self) -> bool:
@@ -134,14 +138,11 @@ def disable(target: Any) -> None:
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
         scheduler_clock.disarm_scheduler(scheduler)
-    handle = getattr(target, "__dict__", {}).pop(HANDLE, None)
+    getattr(target, "__dict__", {}).pop(HANDLE, None)
     for model in _candidates(target).values():
-        handle = model.__dict__.pop(HANDLE, handle)
-        model.__dict__.pop("cache_context", None)
-        if handle is not None:
-            for denoiser in handle._denoisers:
-                if denoiser.model() is model:
-                    denoiser.disarm()
+        if model.__dict__.pop(HANDLE, None) is not None:
+            model.__dict__.pop("cache_context", None)
+            disarm(model)
 
 
 def find_denoisers(target: Any) -> dict[str, nn.Module]:

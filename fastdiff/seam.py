@@ -22,6 +22,7 @@ from fastdiff.layout import TokenLayout
 
 ORIGINAL = "_fastdiff_original"
 LAYER = "_fastdiff_layer"
+HOOK = "_fastdiff_hook"
 DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
 
 
@@ -230,6 +231,24 @@ def disarm_processor(module: nn.Module) -> None:
         processor.__class__ = original
 
 
+def _hook(module: nn.Module, function: Callable[..., None]) -> None:
+    # native hooks: accelerate's offload puts module.forward back and would lose a wrapper of it
+    setattr(function, HOOK, True)
+    module.register_forward_pre_hook(function, with_kwargs=True)
+
+
+def disarm(model: nn.Module) -> None:
+    """Make this model stock again. Walks it, so that a deep copy of an armed model is found too."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for number in [n for n, hook in hooks.items() if hasattr(hook, HOOK)]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+        module.__dict__.pop(LAYER, None)
+    for _, module in attention_modules(model):
+        disarm_processor(module)
+
+
 class Denoiser:
     """A transformer or UNet that FastDiff drives: its layers, and the layout of the running call.
 
@@ -251,12 +270,11 @@ class Denoiser:
         self._skip = skip
         self._read = read
         self._grid: tuple[Tensor, tuple[int, int, int]] | None = None
-        self._handles: list[Any] = []
         sites = [model] if site is None else [
             m for m in model.modules() if type(m).__name__ == site
         ]
         for module in sites:
-            self._handles.append(self._watch(module))
+            self._watch(module)
         self.arm()
 
     def arm(self) -> None:
@@ -274,16 +292,6 @@ class Denoiser:
             if getattr(module, LAYER, None) is None:
                 self._arm_module(name, module)
 
-    def disarm(self) -> None:
-        model = self.model()
-        for handle in self._handles:
-            handle.remove()
-        if model is None:
-            return
-        for _, module in attention_modules(model):
-            disarm_processor(module)
-            module.__dict__.pop(LAYER, None)
-
     def grid_from_ids(self, ids: Tensor) -> tuple[int, int, int]:
         """The grid that position ids [S, 3 or more] span; read once per ids tensor."""
         if self._grid is None or self._grid[0] is not ids:
@@ -293,7 +301,7 @@ class Denoiser:
             self._grid = (ids, grid)
         return self._grid[1]
 
-    def _watch(self, module: nn.Module) -> Any:
+    def _watch(self, module: nn.Module) -> None:
         names = [*inspect.signature(type(module).forward).parameters][1:]
         read = self._read
 
@@ -305,7 +313,7 @@ class Denoiser:
             else:
                 self.layout, self.ids = found
 
-        return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+        _hook(module, before_forward)
 
     def _arm_module(self, name: str, module: nn.Module) -> None:
         layer = Layer(name, self, self.session)
@@ -322,6 +330,4 @@ class Denoiser:
                 # fuse_qkv_projections, IP-Adapters and users replace processors
                 arm_processor(module)
 
-        self._handles.append(
-            module.register_forward_pre_hook(before_attention, with_kwargs=True)
-        )
+        _hook(module, before_attention)

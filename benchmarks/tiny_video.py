@@ -1,0 +1,249 @@
+"""Quality and time of FastDiff on the shipped video model, against stock with the same seeds.
+
+python benchmarks/tiny_video.py --device cuda   # quality over 16 prompts x 2 seeds, and time
+python benchmarks/tiny_video.py --quality off   # time of one denoiser forward only
+"""
+
+import argparse
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent))
+import record  # noqa: E402
+
+import fastdiff  # noqa: E402
+from fastdiff.models import load  # noqa: E402
+
+PROMPTS = [
+    "a red apple moving left on a blue background",
+    "a sailboat moving right on a cyan background",
+    "a rocket moving up on a black background",
+    "a hamburger spinning on a green background",
+    "a strawberry bouncing on a white background",
+    "a balloon moving up on a yellow background",
+    "a banana moving down on a purple background",
+    "a carrot growing on a brown background",
+    "a pineapple moving right on a striped pink background",
+    "a mushroom not moving on a dotted green background",
+    "a doughnut spinning on an orange background",
+    "a slice of pizza moving left on a gray background",
+    "a watermelon bouncing on a red background",
+    "an eggplant growing on a gradient yellow background",
+    "a bunch of grapes moving down on a white background",
+    "a sun moving up on a blue background",
+]
+DENSITIES = (0.5, 0.25, 0.1)
+
+
+def variants() -> list[tuple[str, dict[str, Any] | None]]:
+    """Name and `enable` arguments of every run; None is stock."""
+    common: dict[str, Any] = {"min_tokens": 1, "max_density": 1.0}
+    rows: list[tuple[str, dict[str, Any] | None]] = [("stock", None), ("stock, other kernel", None)]
+    for density in DENSITIES:
+        knobs = {**common, "density": density}
+        rows += [
+            (f"tile-sparse {density}", {"method": "tile-sparse", **knobs}),
+            (f"tile-sparse {density}, no tail", {"method": "tile-sparse", "tail": False, **knobs}),
+            (f"tile-sparse {density}, no sink", {"method": "tile-sparse", "sink": 0, **knobs}),
+            (f"random-blocks {density}", {"method": "random-blocks", **knobs}),
+        ]
+    return rows
+
+
+def set_variant(pipe: Any, knobs: dict[str, Any] | None) -> None:
+    fastdiff.disable(pipe)
+    if knobs is not None:
+        options = dict(knobs)
+        fastdiff.enable(pipe, options.pop("method"), strict=True, **options)
+
+
+def other_kernel(device: str) -> Any:
+    """Another dense kernel: the noise floor of every similarity below."""
+    return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if device == "cuda" else SDPBackend.MATH)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents to frames [B, 3, T, H, W] in [0, 1]."""
+    config = pipe.vae.config
+    shape = (1, config.z_dim, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean, device=latents.device).view(shape)
+    std = torch.tensor(config.latents_std, device=latents.device).view(shape)
+    latents = (latents.float() * std + mean).to(pipe.vae.dtype)
+    clips = [pipe.vae.decode(clip, return_dict=False)[0] for clip in latents.split(8)]
+    return (torch.cat(clips).float() / 2 + 0.5).clamp(0, 1)
+
+
+def similarity(clips: Tensor, stock: Tensor) -> tuple[list[float], list[float]]:
+    """PSNR in dB and SSIM of each clip to stock's."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    error = (clips - stock).square().flatten(1).mean(1).clamp_min(1e-12)
+    psnr = (-10 * error.log10()).tolist()
+    found = [
+        float(ssim(a.transpose(0, 1), b.transpose(0, 1), data_range=1.0))
+        for a, b in zip(clips, stock, strict=True)
+    ]
+    return psnr, found
+
+
+def quality(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    results: dict[str, dict[str, list]] = {}
+    info: dict[str, dict[str, Any]] = {}
+    prompts = PROMPTS[: args.prompts]
+    for seed in range(args.seeds):
+        for begin in range(0, len(prompts), args.batch):
+            part = prompts[begin : begin + args.batch]
+            stock = None
+            for name, knobs in variants():
+                set_variant(pipe, knobs)
+                generators = [
+                    torch.Generator("cpu").manual_seed(1000 * seed + begin + i)
+                    for i in range(len(part))
+                ]
+                kernel = other_kernel(args.device) if name == "stock, other kernel" else None
+                synchronize(args.device)
+                start = time.perf_counter()
+                with kernel or nullcontext():
+                    latents = pipe(
+                        part, height=args.size, width=args.size, num_frames=args.frames,
+                        num_inference_steps=args.steps, guidance_scale=args.guidance,
+                        generator=generators, output_type="latent",
+                        max_sequence_length=args.text_tokens,
+                    ).frames
+                synchronize(args.device)
+                seconds = time.perf_counter() - start
+                clips = decode(pipe, latents)
+                if stock is None:
+                    stock = clips
+                psnr, ssim = similarity(clips, stock)
+                row = results.setdefault(name, {"psnr": [], "ssim": [], "seconds": []})
+                row["psnr"] += psnr
+                row["ssim"] += ssim
+                row["seconds"].append(seconds / len(part))
+                if knobs is not None:
+                    total = pipe.fastdiff.report.summary()
+                    info[name] = {"density": total["density"],
+                                  "density_all_calls": total["density_all_calls"]}
+                print(f"seed {seed} prompts {begin}+{len(part)} {name:<32} "
+                      f"{sum(psnr) / len(psnr):6.2f} dB {seconds:6.1f} s", flush=True)
+    fastdiff.disable(pipe)
+    rows = []
+    for name, row in results.items():
+        control = results.get(f"random-blocks {name.split()[1].strip(',')}") if " 0." in name else None
+        rows.append({"variant": name, **info.get(name, {}), "clips": len(row["psnr"]),
+                     "psnr_db": mean_ci(row["psnr"]), "ssim": mean_ci(row["ssim"]),
+                     "psnr_over_random_db": control and mean_ci(
+                         [a - b for a, b in zip(row["psnr"], control["psnr"], strict=True)]),
+                     "seconds_a_clip_in_batch": record.spread(row["seconds"]),
+                     "psnr_each": [round(x, 3) for x in row["psnr"]]})
+    return rows
+
+
+def mean_ci(values: list[float]) -> dict[str, float]:
+    """Mean with the half width of its 95 % confidence interval."""
+    x = torch.tensor(values, dtype=torch.float64)
+    half = 1.96 * float(x.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": round(float(x.mean()), 4), "ci95": round(half, 4)}
+
+
+@torch.no_grad()
+def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One denoiser forward, all variants in turn, at several clip sizes."""
+    rows = []
+    model = pipe.transformer
+    for frames, size in args.shapes:
+        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
+        edge = size // pipe.vae_scale_factor_spatial
+        shape = (1, model.config.in_channels, latent_frames, edge, edge)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        latents = latents.to(args.device, model.dtype)
+        text = torch.randn(1, args.text_tokens, model.config.text_dim).to(args.device, model.dtype)
+        timestep = torch.tensor([500], device=args.device)
+        seconds: dict[str, list[float]] = {}
+        errors: dict[str, float] = {}
+        stock = None
+        for repeat in range(-1, args.repeats):
+            for name, knobs in variants():
+                if "no sink" in name:
+                    continue
+                set_variant(pipe, knobs)
+                kernel = other_kernel(args.device) if name == "stock, other kernel" else None
+                # time the second forward: the first after a switch makes tiles and warms up
+                for _ in range(2):
+                    synchronize(args.device)
+                    start = time.perf_counter()
+                    with kernel or nullcontext():
+                        out = model(hidden_states=latents, timestep=timestep,
+                                    encoder_hidden_states=text, return_dict=False)[0]
+                    synchronize(args.device)
+                    last = time.perf_counter() - start
+                stock = out if stock is None else stock
+                errors[name] = float((out - stock).float().norm() / stock.float().norm())
+                if repeat >= 0:
+                    seconds.setdefault(name, []).append(last)
+        tokens = latent_frames * (edge // 2) ** 2
+        base = record.spread(seconds["stock"])["seconds"]
+        for name, times in seconds.items():
+            spread = record.spread(times)
+            rows.append({"variant": name, "shape": [frames, size, size], "tokens": tokens,
+                         "dtype": str(model.dtype), **spread,
+                         "speedup": base / spread["seconds"], "relative_error": errors[name]})
+            print(f"{tokens:>6} tokens {name:<32} {spread['seconds'] * 1e3:9.2f} ms "
+                  f"{base / spread['seconds']:5.2f}x", flush=True)
+    fastdiff.disable(pipe)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny-video")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quality", choices=("on", "off"), default="on")
+    parser.add_argument("--time", choices=("on", "off"), default="on")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--frames", type=int, default=33)
+    parser.add_argument("--text-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--shapes", nargs="*", default=["33x256", "65x256"],
+                        help="clip sizes for timing, frames x pixels")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 1 prompt, 2 steps")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes]
+    if args.quick:
+        args.prompts = args.seeds = args.batch = 1
+        args.steps, args.repeats, args.shapes = 2, 2, [(args.frames, args.size)]
+    pipe = load(args.model, device=args.device, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "device")}
+    for part, wanted, measure in (("quality", args.quality, quality),
+                                  ("forward", args.time, forward_times)):
+        if wanted == "on":
+            suffix = "_quick" if args.quick else ""
+            name = f"tiny_video_{part}_{args.device}{suffix}.json"
+            path = args.output / name if args.output else record.RESULTS / name
+            record.write(path, f"tiny_video_{part}", args.device, settings, measure(pipe, args))
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
