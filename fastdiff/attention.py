@@ -17,7 +17,7 @@ from fastdiff.blockmask import BlockMask
 from fastdiff.clock import StepClock
 from fastdiff.kernels.block_pool import block_pool
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention, implementations
-from fastdiff.kernels.token_permute import permute_tokens, unpermute_tokens
+from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.layout import Tiling, TokenLayout
 from fastdiff.policies.base import Context, Policy
 from fastdiff.report import LayerReport, Report
@@ -232,7 +232,7 @@ class _Call:
         stats = self.layer.stats(session)
         stats.implementation = session.impl if session.impl != "auto" else _chosen(q)
         stats.sparse(density, self.flops, self.flops * tiles.blocks / layout.tokens * policy.tail)
-        return unpermute_tokens(out, tiles.inverse)
+        return permute_tokens(out, tiles.inverse)
 
     def _selection(
         self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context, branch: Any

@@ -70,6 +70,8 @@ def keep_tiles(
     beta: float | None, p: float | None,
 ) -> Tensor:
     """Turn pooled scores [B, H, N, N] into a keep map, bool of the same shape."""
+    if density == 1 and beta is None and p is None:
+        return torch.ones_like(scores, dtype=torch.bool)
     must = forced(tiles)
     candidate = ~tiles.always
     if select_by == "top-k":
