@@ -138,11 +138,11 @@ def disable(target: Any) -> None:
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
         scheduler_clock.disarm_scheduler(scheduler)
-    getattr(target, "__dict__", {}).pop(HANDLE, None)
     for model in _candidates(target).values():
         if model.__dict__.pop(HANDLE, None) is not None:
             model.__dict__.pop("cache_context", None)
             disarm(model)
+    getattr(target, "__dict__", {}).pop(HANDLE, None)
 
 
 def find_denoisers(target: Any) -> dict[str, nn.Module]:

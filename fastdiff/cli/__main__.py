@@ -1,0 +1,5 @@
+"""`python -m fastdiff.cli`."""
+
+from fastdiff.cli import main
+
+main()

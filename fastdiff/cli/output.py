@@ -1,0 +1,198 @@
+"""Where results go and how they are written: names, atomic files, PNG, MP4, side by side."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff.cli.errors import InputError
+
+SUFFIX = {"video": ".mp4", "image": ".png"}
+_GAP, _STRIP = 8, 24
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one result goes. stem: None for a name made of prompt and seed."""
+
+    folder: Path
+    stem: str | None = None
+    overwrite: bool = False
+
+    def path(self, kind: str, prompt: str, seed: int) -> Path:
+        """The file to write: with `overwrite` the name as asked, else the next free one."""
+        stem, suffix = self.stem or f"{slug(prompt)}-seed{seed}", SUFFIX[kind]
+        number = 1
+        while True:
+            path = self.folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
+            taken = (path, sidecar_of(path), beside(path, "stock"), beside(path, "compare"))
+            if self.overwrite or not any(part.exists() for part in taken):
+                return path
+            number += 1
+
+
+def places(output: Path | None, prompts: int, overwrite: bool) -> tuple[list[Place], str | None]:
+    """One place for each prompt, and the kind if the file name says it. Checks that it can write."""
+    if output is None or output.is_dir():
+        return [Place(_writable(output or Path()), overwrite=overwrite)] * prompts, None
+    kinds = {suffix: kind for kind, suffix in SUFFIX.items()}
+    kind = kinds.get(output.suffix.lower())
+    if prompts > 1 or str(output).endswith(os.sep):
+        if kind is not None:
+            raise InputError(f"{str(output)!r} is one file, but there are {prompts} prompts: "
+                             "give a folder")
+        _writable(output.parent)
+        output.mkdir(exist_ok=True)
+        return [Place(_writable(output), overwrite=overwrite)] * prompts, None
+    if output.suffix and kind is None:
+        raise InputError(f"cannot write {output.suffix!r} files: accepted are "
+                         f"{' and '.join(kinds)}")
+    stem = output.stem if kind else output.name
+    return [Place(_writable(output.parent), stem, overwrite)], kind
+
+
+def slug(prompt: str, length: int = 48) -> str:
+    """A file name part: the words of the prompt."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    return words[:length].rstrip("-_") or "untitled"
+
+
+def beside(path: Path, what: str) -> Path:
+    """The companion file of a comparison."""
+    return path.with_name(f"{path.stem}-{what}{path.suffix}")
+
+
+def sidecar_of(path: Path) -> Path:
+    """`apple.mp4` has `apple.mp4.json`, so a picture and a clip of one name keep theirs apart."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _writable(folder: Path) -> Path:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"the folder {str(folder)!r} {what}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write in {str(folder)!r}: {error.strerror}") from None
+    return folder
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A file to fill; it takes the name `path` only when complete and on disk."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path: Path, frames: Any, fps: int, about: dict[str, Any]) -> None:
+    """Write float [F, H, W, 3] in 0..1 as MP4, or its first frame as PNG, with `about` inside."""
+    pixels = to_bytes(frames)
+    text = json.dumps(about, ensure_ascii=False, sort_keys=True)
+    with atomic(path) as part:
+        if path.suffix.lower() == SUFFIX["image"]:
+            _write_png(part, pixels[0], about, text)
+        else:
+            _write_mp4(part, pixels, fps, text)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def to_bytes(frames: Any) -> Any:
+    """uint8 of float in 0..1."""
+    return (frames * 255).round().clip(0, 255).astype("uint8")
+
+
+def _write_png(path: Path, pixels: Any, about: dict[str, Any], text: str) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("prompt", str(about.get("prompt", "")))
+    info.add_itxt("fastdiff", text)
+    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info)
+
+
+def _write_mp4(path: Path, pixels: Any, fps: int, text: str) -> None:
+    import imageio_ffmpeg
+
+    height, width = pixels.shape[1:3]
+    # H.264 in yuv420p has even sides; the last row or column is repeated where it must
+    pixels = _pad_even(pixels)
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (width + width % 2, height + height % 2), fps=fps, codec="libx264",
+        pix_fmt_out="yuv420p", macro_block_size=2, quality=None,
+        output_params=["-crf", "16", "-movflags", "+faststart", "-metadata", f"comment={text}"],
+        ffmpeg_log_level="error",
+    )
+    try:
+        writer.send(None)
+        for frame in pixels:
+            writer.send(frame.tobytes())
+    finally:
+        writer.close()
+    if not path.is_file() or path.stat().st_size == 0:
+        raise InputError("ffmpeg wrote nothing; `fastdiff doctor` checks it")
+
+
+def _pad_even(pixels: Any) -> Any:
+    import numpy as np
+
+    height, width = pixels.shape[1:3]
+    if height % 2 == width % 2 == 0:
+        return np.ascontiguousarray(pixels)
+    return np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def check_ffmpeg() -> None:
+    """Raise where no clip could be written."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise InputError(f"clips need ffmpeg: pip install imageio-ffmpeg ({error})") from None
+
+
+def psnr(one: Any, two: Any) -> float:
+    """Peak signal-to-noise ratio in dB of two float arrays in 0..1; inf when equal."""
+    error = float(((one.astype("float64") - two.astype("float64")) ** 2).mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def side_by_side(left: Any, right: Any, captions: tuple[str, str]) -> Any:
+    """Float [F, H + strip, 2 W + gap, 3]: both, with a caption over each."""
+    import numpy as np
+
+    frames, height, width = left.shape[:3]
+    canvas = np.ones((frames, height + _STRIP, 2 * width + _GAP, 3), dtype="float32")
+    canvas[:, _STRIP:, :width] = left
+    canvas[:, _STRIP:, width + _GAP:] = right
+    canvas[:, :_STRIP, :width] = _caption(captions[0], width)
+    canvas[:, :_STRIP, width + _GAP:] = _caption(captions[1], width)
+    return canvas
+
+
+def _caption(text: str, width: int) -> Any:
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, _STRIP), "white")
+    ImageDraw.Draw(strip).text((4, 6), text, fill="black")
+    return np.asarray(strip, dtype="float32") / 255

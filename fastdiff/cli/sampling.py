@@ -1,0 +1,164 @@
+"""Run a pipeline for one prompt: legal sizes, call arguments, progress, time, sane output."""
+
+import inspect
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastdiff.cli.errors import InputError
+from fastdiff.cli.sidecar import Settings
+
+# name on the command line -> argument of a pipeline's call
+_ARGUMENTS = {"negative": "negative_prompt", "steps": "num_inference_steps",
+              "guidance": "guidance_scale", "height": "height", "width": "width",
+              "frames": "num_frames"}
+# what the user types where it is not the name
+_TYPED = {"height": "size", "width": "size"}
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """frames: float [F, H, W, 3] in 0..1."""
+
+    frames: Any
+    seconds: float
+    settings: Settings
+
+
+def check_size(settings: Settings, multiple: int | None, factor: int | None) -> None:
+    """Refuse a size or frame count that the model cannot make, and name the nearest it can."""
+    height, width, frames = settings.height, settings.width, settings.frames
+    sides = [side for side in (height, width) if side is not None]
+    if multiple and any(side % multiple for side in sides):
+        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in sides)
+        raise InputError(f"the model cannot make {'x'.join(map(str, sides))} (height x width): sides "
+                         f"are multiples of {multiple}; the nearest is {near}")
+    if frames and factor and settings.kind == "video" and (frames - 1) % factor:
+        below = (frames - 1) // factor * factor + 1
+        raise InputError(f"the model cannot make {frames} frames: accepted is {factor} n + 1; the "
+                         f"nearest are {below} and {below + factor}")
+
+
+def size_rules(pipe: Any) -> tuple[int | None, int | None]:
+    """(multiple of height and width, n of "n * k + 1" frames), as far as the pipeline shows them."""
+    spatial = _first(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio",
+                     "vae_scale_factor")
+    temporal = _first(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    if spatial is None:
+        return None, temporal
+    patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", 1)
+    patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
+    multiple = spatial * (patch if isinstance(patch, int) else 1)
+    for processor in ("image_processor", "video_processor"):
+        # Flux packs latents two by two, and says so only here
+        config = getattr(getattr(pipe, processor, None), "config", None)
+        multiple = math.lcm(multiple, int(getattr(config, "vae_scale_factor", 1) or 1))
+    return multiple, temporal
+
+
+def check_pipeline(pipe: Any, settings: Settings, asked: set[str]) -> None:
+    """Refuse what this pipeline has no argument for. asked: names the user gave a value for."""
+    accepted = parameters(pipe)
+    name = type(pipe).__name__
+    needed = [p.name for p in accepted.values()
+              if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "prompt"]
+    if "prompt" not in accepted or needed:
+        raise InputError(f"{name} needs {' and '.join(needed) or 'no prompt'}: "
+                         "fastdiff generate makes pictures and clips from text alone")
+    if settings.kind == "video" and "num_frames" not in accepted:
+        raise InputError(f"{name} makes pictures, not clips: use --image")
+    for option, argument in _ARGUMENTS.items():
+        typed = _TYPED.get(option, option)
+        if typed in asked and argument not in accepted and not (
+                option == "frames" and settings.kind == "image"):
+            raise InputError(f"{name} has no {argument}: leave --{typed} out")
+
+
+def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters) | {}
+
+
+def sample(pipe: Any, settings: Settings, on_step: OnStep, **changes: Any) -> Result:
+    """Run once. changes: other arguments of the pipeline's call, for a warm-up."""
+    import numpy as np
+    import torch
+
+    arguments = {**_arguments(pipe, settings, on_step), **changes}
+    begin = time.perf_counter()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            output = pipe(**arguments)
+    except ValueError as error:
+        raise InputError(_with_nearest(str(error), settings)) from error
+    if settings.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    found = getattr(output, "images", None)
+    found = getattr(output, "frames", None) if found is None else found
+    if found is None:
+        raise InputError(f"{type(pipe).__name__} returns neither images nor frames")
+    if arguments["output_type"] == "latent":
+        return Result(None, seconds, settings)
+    frames = np.asarray(found[0], dtype="float32")
+    frames = frames[None] if frames.ndim == 3 else frames
+    if not np.isfinite(frames).all():
+        raise InputError(f"the model produced NaN in {settings.dtype}, so nothing was written: try "
+                         "--dtype float32, or --method stock to see whether it is the method")
+    return Result(frames, seconds, _resolved(pipe, settings, frames))
+
+
+def _arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]:
+    import torch
+
+    accepted = parameters(pipe)
+    given = {argument: getattr(settings, option) for option, argument in _ARGUMENTS.items()}
+    if settings.kind == "image":
+        given["num_frames"] = 1
+    given["frame_rate"] = settings.fps
+    found = {name: value for name, value in {**given, **settings.call}.items()
+             if value is not None and name in accepted}
+
+    def stepped(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        total = getattr(pipeline, "num_timesteps", None) or settings.steps or step + 1
+        on_step(step + 1, total)
+        return tensors
+
+    if "callback_on_step_end" in accepted:
+        found["callback_on_step_end"] = stepped
+    # drawn on the CPU, so that a seed means the same on every device
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    return {**found, "prompt": settings.prompt, "generator": generator, "output_type": "np"}
+
+
+def _resolved(pipe: Any, settings: Settings, frames: Any) -> Settings:
+    """The settings with the pipeline's own defaults filled in."""
+    accepted = parameters(pipe)
+    filled: dict[str, Any] = {"height": frames.shape[1], "width": frames.shape[2]}
+    if settings.kind == "video":
+        filled["frames"] = len(frames)
+    for option in ("steps", "guidance"):
+        parameter = accepted.get(_ARGUMENTS[option])
+        if getattr(settings, option) is None and parameter is not None:
+            default = parameter.default
+            filled[option] = default if isinstance(default, (int, float)) else None
+    return replace(settings, **filled)
+
+
+def _with_nearest(message: str, settings: Settings) -> str:
+    rule = re.search(r"divisible by (\d+)", message)
+    if rule and settings.height and settings.width:
+        try:
+            check_size(settings, int(rule.group(1)), None)
+        except InputError as error:
+            return str(error)
+    return message
+
+
+def _first(target: Any, *names: str) -> int | None:
+    values = (getattr(target, name, None) for name in names)
+    return next((int(value) for value in values if isinstance(value, (int, float))), None)
