@@ -16,7 +16,8 @@ from fastdiff.pipelines.families import families, family_of
 from fastdiff.pipelines.families.generic import GENERIC
 from fastdiff.policies import Policy
 from fastdiff.report import Report
-from fastdiff.seam import Denoiser, attention_modules, disarm, supported
+from fastdiff.seam import Denoiser, attention_modules, disarm
+from fastdiff.shadow import supported
 
 HANDLE = "_fastdiff_handle"
 # parts of a pipeline that hold attention and are not the denoiser

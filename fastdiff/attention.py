@@ -10,7 +10,7 @@ from typing import Any, Optional
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask

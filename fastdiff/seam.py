@@ -1,29 +1,21 @@
-"""The one place where FastDiff enters a diffusers model and leaves it.
-
-Every processor that computes attention keeps its own code object: its class is swapped for a
-subclass whose `__call__` is that code bound to a copy of the module's globals, in which only the
-attention function is ours. RoPE, norms, LoRA and adapters inside the processor stay stock.
-"""
+"""The one place where FastDiff enters a diffusers model and leaves it."""
 
 import inspect
-import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.attention import Layer, Session, attention, dense_attention
 from fastdiff.layout import TokenLayout
+from fastdiff.shadow import DISPATCH, SDPA, restore_class, swap_class
 
-ORIGINAL = "_fastdiff_original"
 LAYER = "_fastdiff_layer"
 HOOK = "_fastdiff_hook"
-DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
 
 
 class _Current(threading.local):
@@ -42,22 +34,6 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if hasattr(module, "processor") and hasattr(module, "set_processor"):
             yield name, module
-
-
-def supported(processor: Any) -> bool:
-    """Whether this processor calls attention by a name that FastDiff can take over."""
-    return _entry(type(processor)) is not None
-
-
-def _entry(cls: type) -> str | None:
-    call = inspect.getattr_static(cls, "__call__", None)
-    if not isinstance(call, types.FunctionType):
-        return None
-    names = call.__code__.co_names
-    for wanted in (DISPATCH, SDPA):
-        if wanted in names and ("F" if wanted == SDPA else wanted) in call.__globals__:
-            return wanted
-    return None
 
 
 def _take(
@@ -134,6 +110,9 @@ def _dispatch(
     )
 
 
+STAND_INS = {DISPATCH: _dispatch, SDPA: _sdpa}
+
+
 def _obstacle(dropout_p: float, is_causal: bool, parallel_config: Any) -> str | None:
     if dropout_p:
         return "attention dropout"
@@ -158,79 +137,6 @@ def _dense_dispatch(query, key, value, mask, scale, name):
 dense_attention["dispatch"] = _dense_dispatch
 
 
-def _shadow_module(module_name: str, changes: dict[str, Any]) -> types.ModuleType:
-    name = f"fastdiff._shadow.{module_name}"
-    shadow = sys.modules.get(name)
-    if shadow is None:
-        # registered, because Dynamo finds a function's globals by importing its module
-        shadow = types.ModuleType(name)
-        shadow.__dict__.update(vars(sys.modules[module_name]))
-        shadow.__dict__.update(changes, __name__=name)
-        sys.modules[name] = shadow
-    return shadow
-
-
-_subclasses: dict[type, type] = {}
-
-
-def _subclass(cls: type) -> type | None:
-    """A subclass of this processor class whose attention call is ours; None if it has none."""
-    if cls in _subclasses:
-        return _subclasses[cls]
-    entry = _entry(cls)
-    if entry is None:
-        return None
-    call = inspect.getattr_static(cls, "__call__")
-    changes: dict[str, Any] = {}
-    if DISPATCH in call.__globals__:
-        changes[DISPATCH] = _dispatch
-    if "F" in call.__globals__:
-        changes["F"] = _shadow_module("torch.nn.functional", {SDPA: _sdpa})
-    shadow = _shadow_module(call.__module__, changes)
-    ours = types.FunctionType(
-        call.__code__, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__
-    )
-    ours.__kwdefaults__ = call.__kwdefaults__
-    ours.__annotations__ = call.__annotations__
-    ours.__qualname__ = call.__qualname__
-    body = {"__call__": ours, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__, ORIGINAL: cls}
-    subclass = type(cls.__name__, (cls,), body)
-    _register_like(subclass, cls)
-    _subclasses[cls] = subclass
-    return subclass
-
-
-def _register_like(subclass: type, cls: type) -> None:
-    """diffusers' registry looks processors up by exact class (layer skipping reads it)."""
-    from diffusers.hooks._helpers import AttentionProcessorRegistry
-
-    try:
-        metadata = AttentionProcessorRegistry.get(cls)
-    except ValueError:
-        return
-    AttentionProcessorRegistry.register(subclass, metadata)
-
-
-def arm_processor(module: nn.Module) -> bool:
-    """Swap the class of this module's processor; False if it has no attention call of ours."""
-    processor = module.processor
-    if hasattr(type(processor), ORIGINAL):
-        return True
-    subclass = _subclass(type(processor))
-    if subclass is None:
-        return False
-    processor.__class__ = subclass
-    return True
-
-
-def disarm_processor(module: nn.Module) -> None:
-    processor = module.processor
-    original = getattr(type(processor), ORIGINAL, None)
-    if original is not None:
-        processor.__class__ = original
-
-
 def _hook(module: nn.Module, function: Callable[..., None]) -> None:
     # native hooks: accelerate's offload puts module.forward back and would lose a wrapper of it
     setattr(function, HOOK, True)
@@ -246,7 +152,7 @@ def disarm(model: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(number, None)
         module.__dict__.pop(LAYER, None)
     for _, module in attention_modules(model):
-        disarm_processor(module)
+        restore_class(module.processor)
 
 
 class Denoiser:
@@ -286,7 +192,7 @@ class Denoiser:
         for name, module in attention_modules(model):
             if any(part in name for part in self._skip):
                 continue
-            if not arm_processor(module):
+            if not swap_class(module.processor, STAND_INS):
                 self.unsupported.append(f"{name} ({type(module.processor).__name__})")
                 continue
             if getattr(module, LAYER, None) is None:
@@ -328,6 +234,6 @@ class Denoiser:
             _current.context = 0 if other is None else other.shape[1]
             if not torch.compiler.is_compiling():
                 # fuse_qkv_projections, IP-Adapters and users replace processors
-                arm_processor(module)
+                swap_class(module.processor, STAND_INS)
 
         _hook(module, before_attention)

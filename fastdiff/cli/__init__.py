@@ -21,7 +21,9 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if "--traceback" in words:
                 raise
-            code = errors.report(error)
+            sys.exit(errors.report(error))
+        if code == errors.STOPPED:
+            errors.report(KeyboardInterrupt())
         sys.exit(code if isinstance(code, int) else 0)
 
 

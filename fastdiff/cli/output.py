@@ -5,7 +5,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,18 @@ class Place:
     stem: str | None = None
     overwrite: bool = False
 
-    def path(self, kind: str, prompt: str, seed: int) -> Path:
-        """The file to write: with `overwrite` the name as asked, else the next free one."""
+    def path(self, kind: str, prompt: str, seed: int, used: Set[Path] = frozenset()) -> Path:
+        """The file to write: with `overwrite` the name as asked, else the next free one.
+
+        used: files of this call, which are never written twice.
+        """
         stem, suffix = self.stem or f"{slug(prompt)}-seed{seed}", SUFFIX[kind]
         number = 1
         while True:
             path = self.folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
             taken = (path, sidecar_of(path), beside(path, "stock"), beside(path, "compare"))
-            if self.overwrite or not any(part.exists() for part in taken):
+            free = self.overwrite or not any(part.exists() for part in taken)
+            if free and path not in used:
                 return path
             number += 1
 

@@ -80,7 +80,10 @@ def check_pipeline(pipe: Any, settings: Settings, asked: set[str]) -> None:
 
 
 def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(type(pipe).__call__).parameters) | {}
+    """The arguments of a pipeline's call, by name."""
+    found = dict(inspect.signature(type(pipe).__call__).parameters)
+    found.pop("self", None)
+    return found
 
 
 def sample(pipe: Any, settings: Settings, on_step: OnStep, **changes: Any) -> Result:
@@ -91,8 +94,7 @@ def sample(pipe: Any, settings: Settings, on_step: OnStep, **changes: Any) -> Re
     arguments = {**_arguments(pipe, settings, on_step), **changes}
     begin = time.perf_counter()
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            output = pipe(**arguments)
+        output = pipe(**arguments)
     except ValueError as error:
         raise InputError(_with_nearest(str(error), settings)) from error
     if settings.device.startswith("cuda"):

@@ -1,0 +1,242 @@
+"""One call of `fastdiff generate`, from checks that need no weights to written files."""
+
+import logging
+import math
+import shlex
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastdiff import models
+from fastdiff.cli import choice, output, sampling, sidecar, values
+from fastdiff.cli.errors import InputError
+from fastdiff.cli.show import Show
+from fastdiff.cli.sidecar import Settings
+
+FPS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for. given: settings by name, as far as they were typed."""
+
+    prompts: list[str]
+    model: str | None = None
+    kind: str | None = None
+    method: str | None = None
+    plan_file: Path | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    sidecar: Path | None = None
+    compare: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+    command_line: list[str] = field(default_factory=list)
+
+    def run(self, show: Show) -> None:
+        before = {} if self.sidecar is None else sidecar.read(self.sidecar)
+        prompts = self.prompts or [before["prompt"]] if before else self.prompts
+        if not prompts:
+            raise InputError("nothing to make: give a PROMPT, or --from a sidecar")
+        places, named_kind = output.places(self.out, len(prompts), self.overwrite)
+        model = models.find(self.model or before.get("model") or models.FIRST)
+        settings = self._settings(before, model, named_kind)
+        sampling.check_size(settings, model.defaults.multiple, model.defaults.frame_factor)
+        if settings.kind == "video":
+            output.check_ffmpeg()
+        if before:
+            found = sidecar.differences(before, model.sha256 if model.shipped else None)
+            if found:
+                show.note(f"the result may differ from before: {'; '.join(found)}")
+        pipe = self._load(model, settings, show)
+        settings = self._fit(pipe, settings, before)
+        records: list[dict[str, Any]] = []
+        used: set[Path] = set()
+        for prompt, place in zip(prompts, places, strict=True):
+            run = _Run(self, pipe, model, replace(settings, prompt=prompt), place, show, used)
+            records.append(run.make())
+        show.results(records)
+
+    def _settings(self, before: dict[str, Any], model: models.Model, named: str | None) -> Settings:
+        """Typed, else from the sidecar, else what the model makes best."""
+        best = model.defaults
+        kind = self._kind(before, best, named)
+        same = self.model is None or self.model == before.get("model")
+        earlier = before if same else {"prompt": before.get("prompt")}
+        plan = choice.plan(self.method, self.plan_file, self.options, before.get("plan"))
+        if before and before["plan"] is None and not (self.method or self.plan_file or self.options):
+            plan = None
+        if plan is None and self.compare:
+            raise InputError("--compare needs a method other than stock")
+        device = self._device(before)
+        base = {
+            "prompt": "", "negative": None, "seed": 0, "steps": best.steps,
+            "guidance": best.guidance, "height": best.height, "width": best.width,
+            "frames": best.frames, "fps": best.fps or 0, "offload": False, "strict": False,
+            "dtype": "float32" if device == "cpu" else "bfloat16", "call": best.arguments,
+        }
+        merged = {name: self.given.get(name, earlier.get(name, default))
+                  for name, default in base.items()}
+        if kind == "image":
+            merged["frames"] = 1
+        elif kind != before.get("kind", kind) and "frames" not in self.given:
+            merged["frames"] = best.frames
+        label = self.method or (str(self.plan_file) if self.plan_file else None)
+        return Settings(**merged, model=model.name, kind=kind, plan=plan, device=device,
+                        method=label or before.get("method") or "balanced")
+
+    def _kind(self, before: dict[str, Any], best: models.Defaults, named: str | None) -> str:
+        if self.kind and named and self.kind != named:
+            raise InputError(f"--{self.kind} writes {output.SUFFIX[self.kind]} files, but the output "
+                             f"is {str(self.out)!r}")
+        kind = self.kind or named or before.get("kind") or (best.kind[0] if best.kind else "")
+        if kind and best.kind and kind not in best.kind:
+            raise InputError(f"the model makes {' and '.join(best.kind)} only: use --{best.kind[0]}")
+        if kind == "image" and self.given.get("frames", 1) != 1:
+            raise InputError("a picture has one frame: leave --frames out, or use --video")
+        return kind
+
+    def _device(self, before: dict[str, Any]) -> str:
+        if self.device is None and before:
+            try:
+                return values.device(before["device"])
+            except InputError:
+                return values.device("auto")
+        return values.device(self.device or "auto")
+
+    def _load(self, model: models.Model, settings: Settings, show: Show) -> Any:
+        show.note(f"loading {model.name} ({settings.dtype} on {settings.device})")
+        _hush()
+        at = "cpu" if settings.offload else settings.device
+        if settings.offload and settings.device == "cpu":
+            raise InputError("--offload moves parts to a GPU and back: it needs one")
+        pipe = models.load(model, at, settings.dtype)
+        if settings.offload:
+            pipe.enable_model_cpu_offload(device=settings.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _fit(self, pipe: Any, settings: Settings, before: dict[str, Any]) -> Settings:
+        """What only the loaded pipeline knows: its kind, legal sizes, arguments."""
+        accepted = sampling.parameters(pipe)
+        if not settings.kind:
+            settings = replace(settings, kind="video" if "num_frames" in accepted else "image")
+            if settings.kind == "video":
+                output.check_ffmpeg()
+        if not settings.fps:
+            default = getattr(accepted.get("frame_rate"), "default", None)
+            fps = int(default) if isinstance(default, (int, float)) else FPS
+            settings = replace(settings, fps=fps)
+        typed = {"size" if name in ("height", "width") else name for name in self.given}
+        sampling.check_pipeline(pipe, settings, typed)
+        if "size" in typed and "use_resolution_binning" in accepted:
+            # a size that was asked for is made as asked
+            settings = replace(settings, call={**settings.call, "use_resolution_binning": False})
+        sampling.check_size(settings, *sampling.size_rules(pipe))
+        return settings
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One prompt."""
+
+    job: Job
+    pipe: Any
+    model: models.Model
+    settings: Settings
+    place: output.Place
+    show: Show
+    used: set[Path]
+
+    def make(self) -> dict[str, Any]:
+        stock = self._stock() if self.job.compare else None
+        self._enable(self.settings.plan)
+        with self.show.steps(self.settings.plan["method"] if self.settings.plan else "stock") as bar:
+            result = sampling.sample(self.pipe, self.settings, bar)
+        settings = result.settings
+        report = None if settings.plan is None else self.pipe.fastdiff.report.summary()
+        path = self.place.path(settings.kind, settings.prompt, settings.seed, self.used)
+        self.used.add(path)
+        record = self._record(path, result, report)
+        about = {**settings.to_dict(), "model_sha256": record["model_sha256"],
+                 "versions": record["versions"]}
+        if stock is not None:
+            record["compare"] = self._write_comparison(path, stock, result, about)
+        output.write(path, result.frames, settings.fps, about)
+        output.write_json(output.sidecar_of(path), record)
+        record = {**record, "path": str(path)}
+        self.show.result(record, None if report is None else repr(self.pipe.fastdiff))
+        return record
+
+    def _enable(self, plan: dict[str, Any] | None) -> None:
+        from fastdiff.api import disable, enable
+
+        if plan is None:
+            disable(self.pipe)
+            return
+        try:
+            enable(self.pipe, plan=plan, strict=self.settings.strict or None)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{error} (--method stock runs without FastDiff)") from error
+
+    def _stock(self) -> sampling.Result:
+        """The stock result; both ways have run two steps before a clock starts."""
+        short = replace(self.settings, steps=2)
+        latents = {"output_type": "latent"} if "output_type" in sampling.parameters(self.pipe) else {}
+        with self.show.steps("warm-up") as bar:
+            self._enable({**(self.settings.plan or {}), "dense_steps": 0})
+            sampling.sample(self.pipe, short, bar, **latents)
+            self._enable(None)
+            sampling.sample(self.pipe, short, bar, **latents)
+        with self.show.steps("stock") as bar:
+            return sampling.sample(self.pipe, self.settings, bar)
+
+    def _write_comparison(
+        self, path: Path, stock: sampling.Result, fast: sampling.Result, about: dict[str, Any]
+    ) -> dict[str, Any]:
+        near = output.psnr(stock.frames, fast.frames)
+        told = "equal" if math.isinf(near) else f"PSNR {near:.1f} dB"
+        captions = (f"stock {stock.seconds:.1f} s",
+                    f"{choice.describe(self.settings.plan)} {fast.seconds:.1f} s, {told}")
+        both = output.side_by_side(stock.frames, fast.frames, captions)
+        fps = self.settings.fps
+        output.write(output.beside(path, "stock"), stock.frames, fps,
+                     {**about, "method": choice.STOCK, "plan": None})
+        output.write(output.beside(path, "compare"), both, fps, about)
+        return {
+            "stock": str(output.beside(path, "stock")),
+            "side_by_side": str(output.beside(path, "compare")),
+            "stock_seconds": stock.seconds,
+            "speedup": stock.seconds / fast.seconds,
+            "psnr": None if math.isinf(near) else near,
+        }
+
+    def _record(
+        self, path: Path, result: sampling.Result, report: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The sidecar."""
+        return {
+            "fastdiff_sidecar": sidecar.VERSION,
+            "file": path.name,
+            **result.settings.to_dict(),
+            "model_sha256": self.model.sha256 if self.model.shipped else None,
+            "pipeline": type(self.pipe).__name__,
+            "seconds": result.seconds,
+            "report": report,
+            "versions": sidecar.versions(),
+            "command_line": shlex.join(["fastdiff", *self.job.command_line]),
+        }
+
+
+def _hush() -> None:
+    """Libraries' own chatter would bury our lines; dense fallbacks are told from the report."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("fastdiff").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
