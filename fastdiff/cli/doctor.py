@@ -158,7 +158,7 @@ def _advice(checks: list[Check]) -> list[str]:
     advice = [f"{check.name}: {check.detail}" for check in checks if check.state == FAILED]
     gpu = any(check.name.startswith("GPU ") and check.state == OK for check in checks)
     if not gpu:
-        advice.append("no GPU: generation runs on the CPU; small sizes and few frames keep it short")
+        advice.append("no GPU: generation runs on the CPU; small sizes and few frames are quick")
     elif by_name["triton"].state != OK:
         advice.append("pip install triton, so that the GPU kernels can run")
     if not any(check.needed and check.state == FAILED for check in checks):

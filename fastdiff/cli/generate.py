@@ -17,7 +17,7 @@ def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
 def generate(
     context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(
-        metavar="PROMPT...", help="What to show; several prompts give several files.",
+        metavar="PROMPT", help="What to show; several prompts give several files.",
         show_default=False)] = None,
     model: Annotated[str | None, _option(
         "--model", "-m", panel=_MODEL,
@@ -84,7 +84,7 @@ def generate(
         help="Also run stock with the same seed; write both, and both side by side.")] = False,
     out: Annotated[Path | None, _option(
         "--output", "-o", panel=_OUT,
-        help="A .png or .mp4 file, or a folder. Default: a name from prompt and seed, here.")] = None,
+        help="A .png or .mp4 file, or a folder. Default: a name from prompt and seed.")] = None,
     overwrite: Annotated[bool, _option(
         "--overwrite", panel=_OUT,
         help="Replace an existing file; otherwise the next free name is taken.")] = False,

@@ -55,18 +55,21 @@ class Job:
         records: list[dict[str, Any]] = []
         used: set[Path] = set()
         for prompt, place in zip(prompts, places, strict=True):
-            run = _Run(self, pipe, model, replace(settings, prompt=prompt), place, show, used)
-            records.append(run.make())
+            settings = replace(settings, prompt=prompt)
+            records.append(_Run(self, pipe, model, settings, place, show, used).make())
         show.results(records)
 
-    def _settings(self, before: dict[str, Any], model: models.Model, named: str | None) -> Settings:
+    def _settings(
+        self, before: dict[str, Any], model: models.Model, named: str | None
+    ) -> Settings:
         """Typed, else from the sidecar, else what the model makes best."""
         best = model.defaults
         kind = self._kind(before, best, named)
         same = self.model is None or self.model == before.get("model")
         earlier = before if same else {"prompt": before.get("prompt")}
         plan = choice.plan(self.method, self.plan_file, self.options, before.get("plan"))
-        if before and before["plan"] is None and not (self.method or self.plan_file or self.options):
+        untouched = not (self.method or self.plan_file or self.options)
+        if before and before["plan"] is None and untouched:
             plan = None
         if plan is None and self.compare:
             raise InputError("--compare needs a method other than stock")
@@ -89,11 +92,11 @@ class Job:
 
     def _kind(self, before: dict[str, Any], best: models.Defaults, named: str | None) -> str:
         if self.kind and named and self.kind != named:
-            raise InputError(f"--{self.kind} writes {output.SUFFIX[self.kind]} files, but the output "
-                             f"is {str(self.out)!r}")
+            raise InputError(f"--{self.kind} writes {output.SUFFIX[self.kind]} files, but the "
+                             f"output is {str(self.out)!r}")
         kind = self.kind or named or before.get("kind") or (best.kind[0] if best.kind else "")
         if kind and best.kind and kind not in best.kind:
-            raise InputError(f"the model makes {' and '.join(best.kind)} only: use --{best.kind[0]}")
+            raise InputError(f"the model makes only {best.kind[0]}s: use --{best.kind[0]}")
         if kind == "image" and self.given.get("frames", 1) != 1:
             raise InputError("a picture has one frame: leave --frames out, or use --video")
         return kind
@@ -153,7 +156,8 @@ class _Run:
     def make(self) -> dict[str, Any]:
         stock = self._stock() if self.job.compare else None
         self._enable(self.settings.plan)
-        with self.show.steps(self.settings.plan["method"] if self.settings.plan else "stock") as bar:
+        plan = self.settings.plan
+        with self.show.steps(plan["method"] if plan else choice.STOCK) as bar:
             result = sampling.sample(self.pipe, self.settings, bar)
         settings = result.settings
         report = None if settings.plan is None else self.pipe.fastdiff.report.summary()
@@ -184,7 +188,8 @@ class _Run:
     def _stock(self) -> sampling.Result:
         """The stock result; both ways have run two steps before a clock starts."""
         short = replace(self.settings, steps=2)
-        latents = {"output_type": "latent"} if "output_type" in sampling.parameters(self.pipe) else {}
+        accepted = sampling.parameters(self.pipe)
+        latents = {"output_type": "latent"} if "output_type" in accepted else {}
         with self.show.steps("warm-up") as bar:
             self._enable({**(self.settings.plan or {}), "dense_steps": 0})
             sampling.sample(self.pipe, short, bar, **latents)

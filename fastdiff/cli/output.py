@@ -42,7 +42,7 @@ class Place:
 
 
 def places(output: Path | None, prompts: int, overwrite: bool) -> tuple[list[Place], str | None]:
-    """One place for each prompt, and the kind if the file name says it. Checks that it can write."""
+    """A place for each prompt, and the kind if the file name says it. Checks that it can write."""
     if output is None or output.is_dir():
         return [Place(_writable(output or Path()), overwrite=overwrite)] * prompts, None
     kinds = {suffix: kind for kind, suffix in SUFFIX.items()}

@@ -36,16 +36,16 @@ def check_size(settings: Settings, multiple: int | None, factor: int | None) -> 
     sides = [side for side in (height, width) if side is not None]
     if multiple and any(side % multiple for side in sides):
         near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in sides)
-        raise InputError(f"the model cannot make {'x'.join(map(str, sides))} (height x width): sides "
-                         f"are multiples of {multiple}; the nearest is {near}")
+        raise InputError(f"the model cannot make {'x'.join(map(str, sides))} (height x width): "
+                         f"sides are multiples of {multiple}; the nearest is {near}")
     if frames and factor and settings.kind == "video" and (frames - 1) % factor:
         below = (frames - 1) // factor * factor + 1
-        raise InputError(f"the model cannot make {frames} frames: accepted is {factor} n + 1; the "
-                         f"nearest are {below} and {below + factor}")
+        raise InputError(f"the model cannot make {frames} frames: accepted is {factor} n + 1; "
+                         f"the nearest are {below} and {below + factor}")
 
 
 def size_rules(pipe: Any) -> tuple[int | None, int | None]:
-    """(multiple of height and width, n of "n * k + 1" frames), as far as the pipeline shows them."""
+    """(multiple of height and width, n of "n * k + 1" frames), as far as a pipeline shows them."""
     spatial = _first(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio",
                      "vae_scale_factor")
     temporal = _first(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")

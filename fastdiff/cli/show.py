@@ -71,21 +71,23 @@ class Show:
     def _comparison(self, found: dict[str, Any] | None) -> None:
         if found is None:
             return
-        near = "equal to stock" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB to stock"
-        self.line(f"stock took {found['stock_seconds']:.1f} s: {found['speedup']:.2f}x as fast; {near}")
+        near = "equal" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB"
+        self.line(f"stock took {found['stock_seconds']:.1f} s: {found['speedup']:.2f}x as fast; "
+                  f"{near} to stock")
         self.line(f"wrote {found['stock']} and {found['side_by_side']}")
 
     def _attention(self, record: dict[str, Any]) -> None:
         report = record["report"]
+        name = record["plan"]["method"] if report else ""
         if report is None:
             self.line("method: stock")
             return
         sparse, computed = report["sparse_calls"], report["density_all_calls"]
         if sparse:
-            self.line(f"method: {record['plan']['method']}, density {report['density']:.2f} in {sparse} "
+            self.line(f"method: {name}, density {report['density']:.2f} in {sparse} "
                       f"sparse calls; {computed:.0%} of stock's attention operations in all")
         else:
-            self.line(f"method: {record['plan']['method']}, but every call ran dense", "yellow")
+            self.line(f"method: {name}, but every call ran dense", "yellow")
         for why, count in report["dense_calls"].items():
             self.line(f"  dense by setting, {count} calls: {why}")
         for why, count in report["fallbacks"].items():

@@ -75,7 +75,8 @@ class Model:
         digest = hashlib.sha256()
         for path in self._files():
             content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{path.relative_to(self.folder or HOME).as_posix()} {content}\n".encode())
+            name = path.relative_to(self.folder or HOME).as_posix()
+            digest.update(f"{name} {content}\n".encode())
         return digest.hexdigest()
 
     def _files(self) -> list[Path]:
@@ -137,8 +138,8 @@ def load(name: str | Path | Model, device: str = "cpu", dtype: Any = None) -> An
             raise
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"model {model.name!r} is neither a shipped name ({', '.join(shipped()) or 'none'}) nor "
-            f"a local folder, and could not be fetched from the hub: {reason}"
+            f"model {model.name!r} is neither a shipped name ({', '.join(shipped()) or 'none'}) "
+            f"nor a local folder, and could not be fetched from the hub: {reason}"
         ) from error
     return pipe.to(device)
 
@@ -174,5 +175,5 @@ def _read_defaults(path: Path) -> Defaults:
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    names = f"a shipped name ({', '.join(known)})" if known else "a shipped name (none is installed)"
+    names = f"a shipped name ({', '.join(known) or 'none is installed'})"
     return f"{hint}Accepted: {names}, a folder with {INDEX}, or a hub id such as owner/name"
