@@ -1,9 +1,14 @@
 """FastDiff: faster diffusers pipelines by sparse attention. One line: pipe.enable_fastdiff()."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdiff.attach import attach
+
+if TYPE_CHECKING:
+    from fastdiff.api import disable, enable, find_denoisers
+    from fastdiff.policies import Policy
+    from fastdiff.policies.tile_sparse import TileSparse
 
 __version__ = "0.1.0"
 __all__ = ["Policy", "TileSparse", "disable", "enable", "find_denoisers"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,6 +27,15 @@ logger = logging.getLogger("fastdiff")
 
 class DenseFallbackError(RuntimeError):
     """Strict mode: attention would have run dense for a reason the user did not ask for."""
+
+
+class Selection(NamedTuple):
+    """What a policy chose, in the forms that the kernel and the report need."""
+
+    mask: BlockMask
+    indices: Tensor
+    counts: Tensor
+    density: Tensor
 
 
 @dataclass
@@ -78,7 +87,7 @@ class Layer:
         self.number = torch.tensor(number, dtype=torch.int64)
         self.index = -1
         self.slot = len(session.report.layers)
-        self.masks: dict[Any, tuple[int, BlockMask, tuple[Tensor, Tensor], Tensor]] = {}
+        self.masks: dict[Any, tuple[int, Selection]] = {}
         self._seen: tuple[int, int | None] | None = None
         self._call = 0
         session.report.layers.append(LayerReport(name))
@@ -213,43 +222,43 @@ class _Call:
         policy = session.policy
         tiles = policy.tiles(layout, self.query)
         q, k, v = (permute_tokens(x, tiles.order) for x in (self.query, self.key, self.value))
-        selected = self._selection(q, k, tiles, layout, context, branch)
-        if selected is None:
+        chosen = self._selection(q, k, tiles, layout, context, branch)
+        if chosen is None:
             return None
-        block_mask, (indices, counts), density = selected
         if key_mask is not None:
             key_mask = key_mask[:, tiles.order]
         tail = None
         if policy.tail:
             key_mean, weight = block_pool(k, tiles.offsets, block=tiles.block, mask=key_mask)
             value_mean, _ = block_pool(v, tiles.offsets, block=tiles.block, mask=key_mask)
-            tail = (key_mean, value_mean, weight, block_mask.keep)
+            tail = (key_mean, value_mean, weight, chosen.mask.keep)
         out = block_sparse_attention(
-            q, k, v, indices, counts, tiles.offsets, tiles.offsets,
+            q, k, v, chosen.indices, chosen.counts, tiles.offsets, tiles.offsets,
             block_q=tiles.block, block_k=tiles.block,
             key_mask=key_mask, tail=tail, scale=self.scale, impl=session.impl,
         )
         stats = self.layer.stats(session)
         stats.implementation = session.impl if session.impl != "auto" else _chosen(q)
-        stats.sparse(density, self.flops, self.flops * tiles.blocks / layout.tokens * policy.tail)
-        return permute_tokens(out, tiles.inverse)
+        tail_flops = self.flops * tiles.blocks / layout.tokens if policy.tail else 0.0
+        stats.sparse(chosen.density, self.flops, tail_flops)
+        return permute_tokens(cast(Tensor, out), tiles.inverse)
 
     def _selection(
         self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context, branch: Any
-    ) -> tuple[BlockMask, tuple[Tensor, Tensor], Tensor] | None:
+    ) -> Selection | None:
         policy, step = self.layer.session.policy, context.clock.step
         place = (branch, layout, tuple(q.shape))
         if policy.reuse > 1 and step is not None and place in self.layer.masks:
-            made, *kept = self.layer.masks[place]
+            made, selection = self.layer.masks[place]
             if 0 <= step - made < policy.reuse:
-                return kept[0], kept[1], kept[2]
-        block_mask = policy.select(q, k, tiles, context)
-        if block_mask is None:
+                return selection
+        mask = policy.select(q, k, tiles, context)
+        if mask is None:
             return None
-        found = (block_mask, block_mask.lists(), block_mask.density())
+        selection = Selection(mask, *mask.lists(), mask.density())
         if policy.reuse > 1 and step is not None:
-            self.layer.masks[place] = (step, *found)
-        return found
+            self.layer.masks[place] = (step, selection)
+        return selection
 
 
 def _chosen(query: Tensor) -> str:
