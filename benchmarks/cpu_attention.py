@@ -63,7 +63,9 @@ def main() -> None:
     shapes = ((512, 2, 64),) if args.quick else ((2304, 8, 64), (4096, 8, 64), (8192, 6, 64))
     rounds = 3 if args.quick else args.rounds
     rows = []
-    print(f"{'tokens':>6} {'blocks':>7} {'density':>7} {'tail':>5} {'dense ms':>9} {'ms':>8}  speed-up")
+    print(
+        f"{'tokens':>6} {'blocks':>7} {'density':>7} {'tail':>5} {'dense ms':>9} {'ms':>8}  speed-up"
+    )
     for tokens, heads, dim in shapes:
         q, k, v = (torch.randn(1, tokens, heads, dim) for _ in range(3))
         for blocks in ("64", "48-64", "uneven"):

@@ -158,7 +158,9 @@ def _check(query, key, value, indices, counts, query_offsets, key_offsets, key_m
         _expect("tail keep", keep, (B, H, NQ, NK), torch.bool, query)
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, query: Tensor) -> None:
+def _expect(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, query: Tensor
+) -> None:
     if tuple(x.shape) != shape or x.dtype != dtype or x.device != query.device:
         raise ValueError(
             f"{name} must be {dtype} {shape} on {query.device}, "

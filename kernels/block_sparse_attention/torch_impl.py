@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ def run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows (batch, head, query block) of equal count go together through two batched products.
+    """Rows (batch, head, query block) of similar length share a gather and two batched products.
 
-    Memory beyond the output: one blocked copy of query, key and value, and buffers of
-    `max(SCORES, one row)` scores and the keys and values of those rows. Reads counts on the host.
+    Keys move in granules, the longest runs of tokens that no block border cuts; rows are sorted by
+    their number of granules, so only the last few columns of a batch are ever masked. Memory
+    beyond the output: one copy of query, key and value, and buffers for `max(SCORES, one row)`
+    scores and their keys and values. Counts and offsets are read on the host.
     """
     B, Sq, H, D = query.shape
     Skv, Hk = key.shape[1:3]
@@ -44,96 +47,104 @@ def run(
     precision = torch.promote_types(query.dtype, torch.float32)
     new = dict(dtype=precision, device=query.device)
 
-    # a table of blocks per operand: [B, heads, blocks, block, D], short blocks filled up with zeros
     q_slots = None if NQ * block_q == Sq else slots(query_offsets, block_q)
-    k_slots = None if NK * block_k == Skv else slots(key_offsets, block_k)
-    q_table = blocked(query, q_slots, NQ, block_q, precision).mul_(scale)
-    k_table = blocked(key, k_slots, NK, block_k, precision)
-    v_table = blocked(value, k_slots, NK, block_k, precision)
-    bias = key_bias(key_mask, k_slots, B, NK, block_k, precision)
-    if key_mask is not None:
-        # a masked key's weight is zero, but zero times NaN would still be NaN
-        hidden = (bias == -torch.inf)[:, None, :, :, None]
-        k_table.masked_fill_(hidden, 0)
-        v_table.masked_fill_(hidden, 0)
+    q_rows = blocked(query, q_slots, NQ, block_q, precision).mul_(scale).view(-1, block_q, D)
 
-    pooled = 0
-    tail_bias = None
+    # first granule and number of granules of every key block, [B, NK]
+    if key_mask is not None and bool(key_mask.all()):
+        key_mask = None
+    if key_mask is None:
+        granule = math.gcd(*key_offsets.tolist()) or 1
+        ends = (key_offsets // granule).long().expand(B, -1)
+    else:
+        # valid tokens move to the front, in order, and a block owns what is left of it
+        granule = 1
+        valid_before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
+        ends = valid_before[:, key_offsets.long()]
+        front = key_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        sample = torch.arange(B, device=key.device)[:, None]
+        key, value = key[sample, front], value[sample, front]
+    block_first, block_length = ends[:, :-1], ends.diff()
+
+    # one table of granules per operand and head: tokens, then pooled keys, then one of zeros
+    keys, values, tail_bias = [key.transpose(1, 2)], [value.transpose(1, 2)], None
+    tokens, pooled = Skv // granule, 0
     if tail is not None:
-        # the pooled keys become further blocks of the same table, so one gather fetches both
         key_mean, value_mean, weight, keep = tail
-        pooled = -(-NK // block_k)
-        spare = pooled * block_k - NK
-        k_table = torch.cat((k_table, pooled_blocks(key_mean, pooled, block_k, precision)), 2)
-        v_table = torch.cat((v_table, pooled_blocks(value_mean, pooled, block_k, precision)), 2)
+        pooled = -(-NK // granule)
+        spare = pooled * granule - NK
+        keys.append(torch.nn.functional.pad(key_mean, (0, 0, 0, spare)))
+        values.append(torch.nn.functional.pad(value_mean, (0, 0, 0, spare)))
         tail_bias = weight.to(precision).log()[:, None, None].masked_fill(keep, -torch.inf)
         tail_bias = torch.nn.functional.pad(tail_bias, (0, spare), value=-torch.inf).flatten(0, 2)
+    k_table, v_table = (granules(x, granule, precision) for x in (keys, values))
+    zero = tokens + pooled
 
     rows = B * H * NQ
-    q_rows = q_table.reshape(rows, block_q, D)
-    k_rows, v_rows = (x.reshape(B * Hk * (NK + pooled), block_k * D) for x in (k_table, v_table))
-    lists = indices.reshape(rows, indices.shape[-1])
     row = torch.arange(rows, device=query.device)
     batch, head = row // (H * NQ), row // NQ % H
-    first = (batch * Hk + head // (H // Hk)) * (NK + pooled)
-    pooled_ids = torch.arange(NK, NK + pooled, device=query.device)
+    base = (batch * Hk + head // (H // Hk)) * (zero + 1)
+    listed = torch.arange(indices.shape[-1], device=query.device) < counts.reshape(rows, 1)
+    lists = indices.reshape(rows, -1).long().masked_fill(~listed, 0)
+    lengths = block_length[batch[:, None], lists].masked_fill_(~listed, 0)
+    firsts = block_first[batch[:, None], lists]
+    totals, order = lengths.sum(1).sort()
+    totals = totals.tolist()
+    width = counts.reshape(rows)[order].tolist()
 
     out = torch.zeros(rows, block_q, D, **new)
     lse = torch.full((rows, block_q), -torch.inf, **new) if return_lse else None
-    order = counts.reshape(rows).argsort()
-    sizes = torch.bincount(counts.reshape(rows).long()).tolist() if rows else []
     buffers = Buffers(new)
-    done = 0
-    for count, size in enumerate(sizes):
-        blocks = count + pooled
-        columns = blocks * block_k
-        chunk = max(1, SCORES // max(1, block_q * columns))
-        if blocks == 0:
-            done += size
+    for start, stop in batches(totals, pooled, block_q * granule):
+        shortest, longest = totals[start], totals[stop - 1]
+        columns = (longest + pooled) * granule
+        if columns == 0:
             continue
-        for start in range(done, done + size, chunk):
-            r = order[start : min(start + chunk, done + size)]
-            ids = lists.narrow(1, 0, count).index_select(0, r).long()
-            wanted = torch.cat((ids, pooled_ids.expand(len(r), -1)), 1) if pooled else ids
-            wanted = (wanted + first[r, None]).flatten()
-            k = buffers.gather("k", k_rows, wanted).view(len(r), columns, D)
-            v = buffers.gather("v", v_rows, wanted).view(len(r), columns, D)
-            s = buffers.take("s", len(r), block_q, columns)
-            torch.bmm(q_rows.index_select(0, r), k.mT, out=s)
-            added = None
-            if bias is not None:
-                added = bias[batch[r, None], ids].flatten(1)
-                if tail_bias is not None:
-                    added = torch.cat((added, tail_bias[r]), 1)
-            elif tail_bias is not None:
-                s[:, :, count * block_k :].add_(tail_bias[r, None])
-                if count == 0:
-                    added = tail_bias[r]
-            empty = None
-            if added is not None:
-                empty = (added == -torch.inf).all(1)
-                if bias is not None:
-                    s.add_(added[:, None])
-                # a softmax over nothing is NaN; such rows are computed over zeros and dropped
-                s.masked_fill_(empty[:, None, None], 0)
-            p = torch.softmax(s, -1, out=buffers.take("p", len(r), block_q, columns))
-            o = torch.bmm(p, v)
-            if empty is not None:
-                o.masked_fill_(empty[:, None, None], 0)
-            out.index_copy_(0, r, o)
-            if lse is not None:
-                # the largest probability is exp(max - lse)
-                found = s.amax(-1) - p.amax(-1).log()
-                if empty is not None:
-                    found.masked_fill_(empty[:, None], -torch.inf)
-                lse.index_copy_(0, r, found)
-        done += size
+        r = order[start:stop]
+        n = max(width[start:stop])
+        short = longest - lengths[r].sum(1, keepdim=True)
+        # [rows, n + 2]: the listed blocks, what fills the row up, the pooled keys
+        first = torch.nn.functional.pad(firsts[r, :n], (0, 2), value=tokens)
+        first[:, n] = zero
+        length = torch.cat((lengths[r, :n], short, torch.full_like(short, pooled)), 1)
+        wanted = runs(first + base[r, None], length, len(r) * (longest + pooled))
+        if shortest < longest:
+            wanted = wanted.view(len(r), -1).minimum((base[r] + zero)[:, None]).flatten()
+        k = buffers.gather("k", k_table, wanted).view(len(r), columns, D)
+        v = buffers.gather("v", v_table, wanted).view(len(r), columns, D)
+        s = buffers.take("s", len(r), block_q, columns)
+        torch.bmm(q_rows.index_select(0, r), k.mT, out=s)
 
-    output = unblocked(out.view(B, H, NQ, block_q, D), query_offsets, q_slots, Sq)
+        # everything left of `clean` is a real key in every row
+        clean = shortest * granule
+        empty = None
+        if clean < columns:
+            column = torch.arange(clean, longest * granule, device=query.device)
+            bias = torch.zeros(len(r), len(column), **new)
+            bias.masked_fill_(column >= (longest - short) * granule, -torch.inf)
+            if tail_bias is not None:
+                bias = torch.cat((bias, tail_bias[r]), 1)
+            s[:, :, clean:].add_(bias[:, None])
+            if clean == 0:
+                # a softmax over nothing is NaN; such rows are computed over zeros and dropped
+                empty = (bias == -torch.inf).all(1)
+                s.masked_fill_(empty[:, None, None], 0)
+        p = torch.softmax(s, -1, out=buffers.take("p", len(r), block_q, columns))
+        o = torch.bmm(p, v)
+        if empty is not None:
+            o.masked_fill_(empty[:, None, None], 0)
+        out.index_copy_(0, r, o)
+        if lse is not None:
+            # the largest probability is exp(max - lse)
+            found = s.amax(-1) - p.amax(-1).log()
+            if empty is not None:
+                found.masked_fill_(empty[:, None], -torch.inf)
+            lse.index_copy_(0, r, found)
+
+    output = unblocked(out.view(B, H, NQ, block_q, D), q_slots)
     output = output.transpose(1, 2).to(query.dtype).contiguous()
     if lse is not None:
-        lse = unblocked(lse.view(B, H, NQ, block_q, 1), query_offsets, q_slots, Sq)[..., 0]
-        lse = lse.contiguous()
+        lse = unblocked(lse.view(B, H, NQ, block_q, 1), q_slots)[..., 0].contiguous()
     return output, lse
 
 
@@ -176,40 +187,46 @@ def blocked(
     return table.masked_fill_(~valid[:, :, None], 0)
 
 
-def pooled_blocks(mean: Tensor, blocks: int, block: int, precision: torch.dtype) -> Tensor:
-    """[B, H, NK, D] -> [B, H, blocks, block, D], filled up with zeros."""
-    mean = torch.nn.functional.pad(mean.to(precision), (0, 0, 0, blocks * block - mean.shape[2]))
-    return mean.unflatten(2, (blocks, block))
+def granules(parts: list[Tensor], granule: int, precision: torch.dtype) -> Tensor:
+    """[B, H, S, D] parts -> [B * H * (granules + 1), granule * D]; the last one per head is zero."""
+    B, H, _, D = parts[0].shape
+    total = sum(part.shape[2] for part in parts)
+    table = torch.empty(B, H, total + granule, D, dtype=precision, device=parts[0].device)
+    done = 0
+    for part in parts:
+        table[:, :, done : done + part.shape[2]] = part
+        done += part.shape[2]
+    table[:, :, done:] = 0
+    return table.view(-1, granule * D)
 
 
-def key_bias(
-    key_mask: Tensor | None,
-    ragged: tuple[Tensor, Tensor] | None,
-    batch: int,
-    blocks: int,
-    block: int,
-    precision: torch.dtype,
-) -> Tensor | None:
-    """0 for a key that counts and -inf for one that does not, [B, NK, block]; None: all count."""
-    if key_mask is None and ragged is None:
-        return None
-    if ragged is None:
-        valid = key_mask.view(batch, blocks, block)
-    else:
-        token, inside = ragged
-        valid = inside.expand(batch, -1, -1)
-        if key_mask is not None and key_mask.shape[1]:
-            valid = valid & key_mask[:, token.clamp(max=key_mask.shape[1] - 1)]
-    zeros = torch.zeros(batch, blocks, block, dtype=precision, device=valid.device)
-    return zeros.masked_fill_(~valid, -torch.inf)
+def runs(first: Tensor, length: Tensor, total: int) -> Tensor:
+    """The numbers first[i], first[i] + 1, ... (length[i] of them) of every i, one after the other."""
+    first, length = first.flatten(), length.flatten()
+    shift = first - (length.cumsum(0) - length)
+    number = torch.arange(total, device=first.device)
+    return number.add_(shift.repeat_interleave(length, output_size=total))
 
 
-def unblocked(
-    x: Tensor, offsets: Tensor, ragged: tuple[Tensor, Tensor] | None, tokens: int
-) -> Tensor:
+def batches(totals: list[int], pooled: int, area: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows sorted by length: within SCORES, at most an eighth apart, empty rows alone."""
+    start = 0
+    while start < len(totals):
+        longest = totals[start] + totals[start] // 8
+        stop = start
+        while (
+            stop < len(totals)
+            and totals[stop] <= longest
+            and (stop == start or (stop - start + 1) * (totals[stop] + pooled) * area <= SCORES)
+        ):
+            stop += 1
+        yield start, stop
+        start = stop
+
+
+def unblocked(x: Tensor, ragged: tuple[Tensor, Tensor] | None) -> Tensor:
     """[B, H, N, block, D] -> [B, H, S, D], dropping the slots that hold no token."""
     flat = x.flatten(2, 3)
     if ragged is None:
         return flat
-    slot = ragged[1].flatten().nonzero()[:, 0]
-    return flat.index_select(2, slot)
+    return flat.index_select(2, ragged[1].flatten().nonzero()[:, 0])

@@ -1,0 +1,71 @@
+"""Cases for the Triton kernels: interpreted on the CPU (a few, small) or compiled on a GPU (more)."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastdiff.kernels.block_pool import block_pool
+from fastdiff.kernels.block_sparse_attention import implementations, probe
+
+from attention_cases import DTYPES, HEAD_DIMS, Case, check, equal_offsets, ragged_offsets
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+pytestmark = pytest.mark.skipif(
+    bool(implementations(DEVICE, torch.float32, 64)["triton"]),
+    reason="the Triton kernels can neither compile nor be interpreted here",
+)
+
+
+def small():
+    """Each option alone and all together, in shapes an interpreter can walk."""
+    for i, dtype in enumerate(DTYPES):
+        for dim in (40, 72) if i else (16, 64, 160):
+            yield Case(1, 2, 1, 37, 50, dim, 16, 16, dtype, True, tail=True)
+    yield Case(queries=32, keys=32)
+    yield Case(queries=32, keys=32, all_kept=True, tail=True)
+    yield Case(queries=33, keys=48, block_q=20, block_k=24, strided=True)
+    yield Case(2, 2, 2, 40, 40, 16, 16, 16, torch.float32, True, True, True, seed=2)
+    yield Case(2, 2, 2, 40, 40, 16, 16, 16, torch.float32, False, True, False, seed=3)
+    # blocks wider than the kernel's tile, and blocks of a single token
+    yield Case(queries=200, keys=150, dim=16, heads=1, kv_heads=1, block_q=200, block_k=75)
+    yield Case(queries=5, keys=7, dim=16, block_q=1, block_k=2, ragged=True, tail=True)
+
+
+def large():
+    options = itertools.product((False, True), repeat=3)
+    for dtype, dim, (ragged, masked, tail) in itertools.product(DTYPES, HEAD_DIMS, options):
+        if sum((ragged, masked, tail)) == 1:
+            continue
+        yield Case(2, 4, 2, 700, 900, dim, 128, 128, dtype, ragged, masked, tail)
+    for dtype in DTYPES:
+        yield Case(1, 2, 2, 1024, 1024, 128, 64, 64, dtype, all_kept=True, tail=True)
+        yield Case(1, 2, 2, 1024, 1024, 64, 384, 384, dtype, strided=True)
+
+
+@pytest.mark.parametrize("case", [*small(), *(large() if GPU else ())], ids=repr)
+def test_attention(case):
+    check(case.build(DEVICE), "triton")
+
+
+def test_probe():
+    assert probe("triton", DEVICE) is None
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_pool(dtype, masked):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 50, 2, 40, generator=g).to(dtype).to(DEVICE)
+    mask = (torch.rand(2, 50, generator=g) < 0.6).to(DEVICE) if masked else None
+    for offsets in (ragged_offsets(50, 20, g), equal_offsets(50, 16)):
+        args = (x, offsets.to(DEVICE))
+        mean, weight = block_pool(*args, block=20, mask=mask, impl="triton")
+        wanted, wanted_weight = block_pool(
+            x.double(), args[1], block=20, mask=mask, impl="reference"
+        )
+        assert torch.equal(weight, wanted_weight)
+        bound = torch.finfo(dtype).eps * 4
+        torch.testing.assert_close(mean.double(), wanted, rtol=bound, atol=bound)
