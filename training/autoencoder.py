@@ -50,7 +50,7 @@ class FullSequence:
         encoder = self.vae.encoder
         x = _conv(encoder.conv_in, x, t)
         for layer in encoder.down_blocks:
-            x, t = self._down(layer, x, b, t)
+            x, t = self._down(layer, x, t)
         x = self._mid(encoder.mid_block, x, t)
         x = self._act(encoder.norm_out, x)
         x = _conv(self.vae.quant_conv, _conv(encoder.conv_out, x, t), t)
@@ -67,7 +67,7 @@ class FullSequence:
             for resnet in block.resnets:
                 x = self._residual(resnet, x, t)
             if block.upsamplers is not None:
-                x, t = _upsample(block.upsamplers[0], x, b, t)
+                x, t = _upsample(block.upsamplers[0], x, t)
         x = _conv(decoder.conv_out, self._act(decoder.norm_out, x), t)
         return _unfold_patches(x).unflatten(0, (b, t))
 
@@ -75,8 +75,8 @@ class FullSequence:
         return self.norm_silu(x, norm.gamma.flatten())
 
     def _residual(self, block: nn.Module, x: Tensor, t: int) -> Tensor:
-        short = x if isinstance(block.conv_shortcut, nn.Identity) else _conv(
-            block.conv_shortcut, x, t
+        short = (
+            x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x, t)
         )
         x = _conv(block.conv1, self._act(block.norm1, x), t)
         return short + _conv(block.conv2, self._act(block.norm2, x), t)
@@ -87,18 +87,17 @@ class FullSequence:
             x = self._residual(resnet, _attend(attention, x), t)
         return x
 
-    def _down(self, layer: nn.Module, x: Tensor, b: int, t: int) -> tuple[Tensor, int]:
+    def _down(self, layer: nn.Module, x: Tensor, t: int) -> tuple[Tensor, int]:
         if not hasattr(layer, "resample"):
             return self._residual(layer, x, t), t
         conv = layer.resample[1]
         x = F.conv2d(F.pad(x, (0, 1, 0, 1)), conv.weight, conv.bias, stride=2)
         if layer.mode == "downsample3d" and t > 1:
-            clip = x.unflatten(0, (b, t))
-            taps = torch.cat([clip[:, 0:-2:2], clip[:, 1:-1:2], clip[:, 2::2]], 2)
-            rest = _fold_taps(layer.time_conv, taps.flatten(0, 1))
+            rows = _rows(x, t)
+            taps = torch.cat([rows[:, 0:-2:2], rows[:, 1:-1:2], rows[:, 2::2]], -1)
+            rest = _rows(_fold_taps(layer.time_conv, taps), (t - 1) // 2)
             t = (t + 1) // 2
-            clip = torch.cat([clip[:, :1], rest.unflatten(0, (b, t - 1))], 1)
-            x = clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            x = _images(torch.cat([rows[:, :1].to(rest.dtype), rest], 1))
         return x, t
 
 
@@ -115,10 +114,20 @@ def _unfold_patches(x: Tensor) -> Tensor:
     return x.reshape(n, c // 4, h * 2, w * 2)
 
 
+def _rows(x: Tensor, t: int) -> Tensor:
+    """[B * T, C, H, W] seen as [B, T, H, W, C], contiguous where x is channels-last."""
+    return x.permute(0, 2, 3, 1).unflatten(0, (-1, t))
+
+
+def _images(rows: Tensor) -> Tensor:
+    """[B, T, H, W, C] back to channels-last [B * T, C, H, W]."""
+    return rows.flatten(0, 1).permute(0, 3, 1, 2)
+
+
 def _fold_taps(conv: nn.Module, taps: Tensor) -> Tensor:
-    """A convolution in time as a 2-D one over the channels of its three taps."""
+    """A convolution in time as a 2-D one over the channels of its three taps, [B, T, H, W, 3 C]."""
     weight = conv.weight.transpose(1, 2).flatten(1, 2)
-    return F.conv2d(taps, weight, conv.bias, padding=weight.shape[-1] // 2)
+    return F.conv2d(_images(taps), weight, conv.bias, padding=weight.shape[-1] // 2)
 
 
 def _conv(conv: nn.Module, x: Tensor, t: int) -> Tensor:
@@ -127,9 +136,8 @@ def _conv(conv: nn.Module, x: Tensor, t: int) -> Tensor:
     if weight.shape[2] == 1 or t == 1:
         last = weight[:, :, -1]
         return F.conv2d(x, last, conv.bias, padding=last.shape[-1] // 2)
-    clip = F.pad(x.unflatten(0, (-1, t)), (0, 0, 0, 0, 0, 0, 2, 0))
-    taps = torch.cat([clip[:, 0:t], clip[:, 1 : t + 1], clip[:, 2:]], 2).flatten(0, 1)
-    return _fold_taps(conv, taps.contiguous(memory_format=torch.channels_last))
+    rows = F.pad(_rows(x, t), (0, 0, 0, 0, 0, 0, 2, 0))
+    return _fold_taps(conv, torch.cat([rows[:, 0:t], rows[:, 1 : t + 1], rows[:, 2:]], -1))
 
 
 def _attend(block: nn.Module, x: Tensor) -> Tensor:
@@ -143,17 +151,18 @@ def _attend(block: nn.Module, x: Tensor) -> Tensor:
     return x + F.conv2d(y, block.proj.weight, block.proj.bias)
 
 
-def _upsample(layer: nn.Module, x: Tensor, b: int, t: int) -> tuple[Tensor, int]:
+def _upsample(layer: nn.Module, x: Tensor, t: int) -> tuple[Tensor, int]:
     if layer.mode == "upsample3d" and t > 1:
-        clip = x.unflatten(0, (b, t))
-        rest = _conv(layer.time_conv, clip[:, 1:].flatten(0, 1), t - 1)
-        rest = rest.unflatten(1, (2, -1)).unflatten(0, (b, t - 1)).flatten(1, 2)
-        clip = torch.cat([clip[:, :1], rest], 1)
+        rows = _rows(x, t)
+        rest = _rows(_conv(layer.time_conv, _images(rows[:, 1:]), t - 1), t - 1)
+        rest = torch.stack(rest.chunk(2, -1), 2).flatten(1, 2)
+        x = _images(torch.cat([rows[:, :1].to(rest.dtype), rest], 1))
         t = 2 * t - 1
-        x = clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    rows = x.permute(0, 2, 3, 1)
+    n, h, w, c = rows.shape
+    rows = rows[:, :, None, :, None].expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c)
     conv = layer.resample[1]
-    x = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
-    return F.conv2d(x, conv.weight, conv.bias, padding=1), t
+    return F.conv2d(rows.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=1), t
 
 
 def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +171,7 @@ def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:
     """Mean structural similarity of [N, 3, H, W] in [0, 1] over 7x7 boxes."""
+
     def pool(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 7, stride=2)
 

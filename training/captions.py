@@ -1,4 +1,4 @@
-"""The words of the training world: objects, colours, patterns, motions, captions, held-out pairs."""
+"""The words of the training world: objects, colours, motions, captions, held-out pairs."""
 
 import json
 import random

@@ -62,7 +62,7 @@ def _tight(image: Image.Image) -> Image.Image:
 
 
 def load_sprites(device: torch.device | str) -> Tensor:
-    """Premultiplied sprites [mips, objects, 4, 160, 160]; later mips are blurred for small sizes."""
+    """Premultiplied sprites [mips, objects, 4, 160, 160]; later mips are blurred."""
     rows = []
     for row in OBJECTS:
         image = _tight(Image.open(DATA / "sprites" / row["file"]).convert("RGBA"))

@@ -54,7 +54,9 @@ class Optimizer:
     """Both optimisers of the denoiser behind one `step(scale)`."""
 
     def __init__(self, model: nn.Module, config: dict):
-        matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+        matrices = [
+            p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+        ]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [

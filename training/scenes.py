@@ -2,6 +2,7 @@
 
 import random
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from multiprocessing import get_context
 
@@ -35,8 +36,8 @@ def draw_chunk(seed: int, n: int, frames: int, tokenizer_json: str) -> Chunk:
 class SceneSource:
     """Chunks of pictures and clips, kept a fixed number ahead of their use."""
 
-    def __init__(self, config: dict, tokenizer_json: str, seed: int):
-        self.clip_frames = config["clip_frames"]
+    def __init__(self, config: dict, tokenizer_json: str, seed: int, clip_frames: int):
+        self.clip_frames = clip_frames
         self.sizes = {"pictures": config["picture_chunk"], "clips": config["clip_chunk"]}
         self.ahead = {"pictures": config["picture_ahead"], "clips": config["clip_ahead"]}
         self.tokenizer_json = tokenizer_json
@@ -58,13 +59,21 @@ class SceneSource:
     def _submit(self, kind: str) -> None:
         self.waiting[kind].append(self.pool.submit(draw_chunk, *self._arguments(kind)))
 
-    def next(self, kind: str, device: torch.device) -> tuple[Batch, Tensor]:
-        """The next chunk on `device`: scenes and token ids [n, TOKENS]."""
-        if self.pool is None:
-            chunk = draw_chunk(*self._arguments(kind))
-        else:
+    def _drawn(self, kind: str) -> Chunk:
+        """The oldest chunk of the workers; drawn here from now on if they have died."""
+        try:
             chunk = self.waiting[kind].pop(0).result()
             self._submit(kind)
+            return chunk
+        except BrokenProcessPool:
+            print("scene workers died; drawing in this process", flush=True)
+            self.pool = None
+            return draw_chunk(*self._arguments(kind))
+
+    def next(self, kind: str, device: torch.device) -> tuple[Batch, Tensor]:
+        """The next chunk on `device`: scenes and token ids [n, TOKENS]."""
+        inline = self.pool is None
+        chunk = draw_chunk(*self._arguments(kind)) if inline else self._drawn(kind)
         tensors = {k: torch.from_numpy(v).to(device) for k, v in chunk.items()}
         ids = tensors.pop("ids")
         return Batch(**tensors), ids

@@ -1,11 +1,18 @@
 """The text side: a byte-level BPE tokenizer over the captions and a small UMT5 encoder."""
 
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -36,6 +43,10 @@ def build_tokenizer(vocabulary: int = 768, captions: int = 20000) -> PreTrainedT
     core.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
     )
+    return wrap_tokenizer(core)
+
+
+def wrap_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -43,10 +54,6 @@ def build_tokenizer(vocabulary: int = 768, captions: int = 20000) -> PreTrainedT
         model_max_length=512,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def build_text_encoder(config: dict, vocabulary: int) -> UMT5EncoderModel:
@@ -80,9 +87,7 @@ def tokenize(
 
 
 @torch.no_grad()
-def encode_captions(
-    model: UMT5EncoderModel, ids: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def encode_captions(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [B, TOKENS, D] in bf16 with zeros after each end, and lengths [B]."""
     outputs = []
     for part, part_mask in zip(ids.split(8192), mask.split(8192), strict=True):
