@@ -244,7 +244,8 @@ class _Call:
         return permute_tokens(cast(Tensor, out), tiles.inverse)
 
     def _selection(
-        self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context, branch: Any
+        self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context,
+        branch: Any,
     ) -> Selection | None:
         policy, step = self.layer.session.policy, context.clock.step
         place = (branch, layout, tuple(q.shape))

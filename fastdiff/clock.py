@@ -9,7 +9,7 @@ class StepClock:
 
     step: index of the step being computed, None while no scheduler drives the model.
     steps: number of steps of this run.
-    branch: guidance branch as the pipeline names it ("cond", "uncond", ...), None where it has none.
+    branch: guidance branch as the pipeline names it ("cond", "uncond"), None where it has none.
     run: counts runs, so that state of an earlier run is never taken for this one's.
     """
 

@@ -1,4 +1,4 @@
-"""Report: what ran, per layer: density, floating-point operations, time, and why calls were dense."""
+"""Report: what ran, per layer: density, operations, time, and why calls were dense."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -93,12 +93,13 @@ class Report:
         for row in rows:
             fallbacks.update(row["fallbacks"])
             dense.update(row["dense_calls"])
+        kept = sum(row["density"] * row["sparse_calls"] for row in sparse)
         return {
             "layers": len(rows),
             "sparse_calls": calls,
             "dense_calls": dict(dense),
             "fallbacks": dict(fallbacks),
-            "density": sum(r["density"] * r["sparse_calls"] for r in sparse) / calls if calls else 1.0,
+            "density": kept / calls if calls else 1.0,
             "density_all_calls": computed / stock if stock else 1.0,
             "flops": computed,
             "stock_flops": stock,

@@ -1,8 +1,8 @@
 """Shadow classes: a diffusers attention processor whose attention call is ours, all else stock.
 
-A processor keeps its own code object: its class is swapped for a subclass whose `__call__` is that
-code bound to a copy of the module's globals, in which only the attention function is replaced. RoPE,
-norms, LoRA and adapters inside the processor stay stock.
+A processor keeps its own code object: its class is swapped for a subclass whose `__call__` is
+that code bound to a copy of the module's globals, in which only the attention function is
+replaced. RoPE, norms, LoRA and adapters inside the processor stay stock.
 """
 
 import inspect

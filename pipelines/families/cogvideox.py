@@ -1,4 +1,4 @@
-"""CogVideoX and ConsisID: latents [B, T, C, H, W], joint attention with the text before the grid."""
+"""CogVideoX and ConsisID: latents [B, T, C, H, W], joint attention, text before the grid."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Flux and Chroma: packed latents [B, S, C], text before the grid, the grid known to `img_ids` only."""
+"""Flux and Chroma: packed latents, text before the grid, the grid known to `img_ids` only."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: latents [B, C, H, W], joint attention with the text after the grid."""
+"""Stable Diffusion 3 and 3.5: latents [B, C, H, W], joint attention, text after the grid."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (T2V, I2V, VACE) and SkyReels V2: latents [B, C, T, H, W], no text in the grid."""
+"""Wan 2.1, 2.2, VACE and SkyReels V2: latents [B, C, T, H, W], text by cross-attention."""
 
 from torch import nn
 
