@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -63,9 +64,7 @@ def main() -> None:
     shapes = ((512, 2, 64),) if args.quick else ((2304, 8, 64), (4096, 8, 64), (8192, 6, 64))
     rounds = 3 if args.quick else args.rounds
     rows = []
-    print(
-        f"{'tokens':>6} {'blocks':>7} {'density':>7} {'tail':>5} {'dense ms':>9} {'ms':>8}  speed-up"
-    )
+    print("tokens  blocks density  tail  dense ms       ms  speed-up")
     for tokens, heads, dim in shapes:
         q, k, v = (torch.randn(1, tokens, heads, dim) for _ in range(3))
         for blocks in ("64", "48-64", "uneven"):
@@ -80,19 +79,21 @@ def main() -> None:
                 pairs = lengths @ keep.double().mean((0, 1)) @ lengths
                 density = float(pairs) / tokens**2
 
-                def dense() -> torch.Tensor:
-                    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-
-                def sparse(tail=None) -> torch.Tensor:
-                    return block_sparse_attention(
-                        q, k, v, indices, counts, offsets, offsets,
-                        block_q=64, block_k=64, tail=tail, impl="torch",
-                    )  # fmt: skip
-
                 tail = (mean_k, mean_v, weight, keep)
-                times = interleaved(
-                    {"dense": dense, "False": sparse, "True": lambda: sparse(tail)}, rounds
+                run = functools.partial(
+                    block_sparse_attention,
+                    *(q, k, v, indices, counts, offsets, offsets),
+                    block_q=64,
+                    block_k=64,
+                    impl="torch",
                 )
+                heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+                candidates = {
+                    "dense": functools.partial(F.scaled_dot_product_attention, *heads_first),
+                    "False": run,
+                    "True": functools.partial(run, tail=tail),
+                }
+                times = interleaved(candidates, rounds)
                 base = times["dense"]
                 for with_tail in ("False", "True"):
                     found = times[with_tail]
@@ -130,7 +131,7 @@ def main() -> None:
         "benchmark": "cpu_attention",
         "device": f"{device}, {args.threads} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,8 @@ def block_sparse_attention(
     query: [B, Sq, H, D]; key, value: [B, Skv, Hk, D] with Hk dividing H. Any strides, D contiguous.
     indices: int32 [B, H, NQ, M]; counts: int32 [B, H, NQ]. The first `counts` entries of a row are
         distinct key block numbers; the rest is never read.
-    query_offsets, key_offsets: int32 [NQ + 1], [NK + 1], from 0 to the sequence length, not falling.
-        Block `i` owns tokens `offsets[i]` to `offsets[i + 1]`; a block may be empty.
+    query_offsets, key_offsets: int32 [NQ + 1], [NK + 1], from 0 to the sequence length,
+        not falling. Block `i` owns tokens `offsets[i]` to `offsets[i + 1]`; a block may be empty.
     block_q, block_k: upper bounds of the block lengths.
     key_mask: bool [B, Skv]; a False key counts for nobody.
     tail: (key_mean [B, Hk, NK, D], value_mean [B, Hk, NK, D], weight float32 [B, NK],

@@ -27,7 +27,7 @@ def run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Dense attention under the mask that the lists describe, in float32 (float64 stays float64)."""
+    """Dense attention under the mask that the lists describe, in float32 (float64 stays)."""
     precision = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[2] // key.shape[2]
     q = query.to(precision).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Block-sparse attention in torch operations: kept blocks are gathered, the rest is never touched."""
+"""Block-sparse attention in torch operations: kept blocks are gathered, the rest never touched."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(
     Skv, Hk = key.shape[1:3]
     NQ, NK = query_offsets.numel() - 1, key_offsets.numel() - 1
     precision = torch.promote_types(query.dtype, torch.float32)
-    new = dict(dtype=precision, device=query.device)
+    new = {"dtype": precision, "device": query.device}
 
     q_slots = None if NQ * block_q == Sq else slots(query_offsets, block_q)
     q_rows = blocked(query, q_slots, NQ, block_q, precision).mul_(scale).view(-1, block_q, D)
@@ -188,7 +188,7 @@ def blocked(
 
 
 def granules(parts: list[Tensor], granule: int, precision: torch.dtype) -> Tensor:
-    """[B, H, S, D] parts -> [B * H * (granules + 1), granule * D]; the last one per head is zero."""
+    """[B, H, S, D] parts -> [B * H * (granules + 1), granule * D]; each head's last is zero."""
     B, H, _, D = parts[0].shape
     total = sum(part.shape[2] for part in parts)
     table = torch.empty(B, H, total + granule, D, dtype=precision, device=parts[0].device)
@@ -201,7 +201,7 @@ def granules(parts: list[Tensor], granule: int, precision: torch.dtype) -> Tenso
 
 
 def runs(first: Tensor, length: Tensor, total: int) -> Tensor:
-    """The numbers first[i], first[i] + 1, ... (length[i] of them) of every i, one after the other."""
+    """The numbers first[i], first[i] + 1, ... (length[i] of them), for every i in turn."""
     first, length = first.flatten(), length.flatten()
     shift = first - (length.cumsum(0) - length)
     number = torch.arange(total, device=first.device)

@@ -55,7 +55,7 @@ def config(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype) -> dic
     BM = min(BM, max(16, 1 << (block_q - 1).bit_length()))
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
     warps = min(warps, max(1, BM // 16))
-    return dict(BM=BM, BN=BN, BD=BD, num_warps=warps, num_stages=stages)
+    return {"BM": BM, "BN": BN, "BD": BD, "num_warps": warps, "num_stages": stages}
 
 
 def run(

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {"torch": ".torch_impl", "reference": ".reference"}
 
 
 def permute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
-    """x: [B, S, ...], order: a permutation of 0 to S - 1, int32 or int64 [S]. Returns x[:, order]."""
+    """x[:, order] of x: [B, S, ...]; order: int32 or int64 [S], a permutation of 0 to S - 1."""
     return _choose(x, order, impl).permute(x, order)
 
 

@@ -1,4 +1,4 @@
-"""Token permutation as one gather; the inverse gathers by the inverse order, so both write densely."""
+"""Token permutation as one gather; the inverse gathers by the inverse order."""
 
 from __future__ import annotations
 

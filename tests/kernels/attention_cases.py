@@ -1,4 +1,4 @@
-"""Random attention problems, the float64 yardstick, and memory that betrays what is never written."""
+"""Random attention problems, the float64 yardstick, and memory that shows what is not written."""
 
 from __future__ import annotations
 
@@ -88,19 +88,19 @@ class Case:
             weight = torch.randint(0, 4, (self.batch, NK), generator=g).float() * 5
             tail = tuple(x.to(self.dtype).to(device) for x in mean)
             tail = (*tail, weight.to(device), keep.to(device))
-        return dict(
-            query=q,
-            key=k,
-            value=v,
-            indices=indices.int().to(device),
-            counts=counts.int().to(device),
-            query_offsets=q_off.to(device),
-            key_offsets=k_off.to(device),
-            block_q=self.block_q,
-            block_k=self.block_k,
-            key_mask=None if key_mask is None else key_mask.to(device),
-            tail=tail,
-        )
+        return {
+            "query": q,
+            "key": k,
+            "value": v,
+            "indices": indices.int().to(device),
+            "counts": counts.int().to(device),
+            "query_offsets": q_off.to(device),
+            "key_offsets": k_off.to(device),
+            "block_q": self.block_q,
+            "block_k": self.block_k,
+            "key_mask": None if key_mask is None else key_mask.to(device),
+            "tail": tail,
+        }
 
 
 def in_float64(args: dict) -> dict:

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from attention_cases import DTYPES, equal_offsets, ragged_offsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.kernels.block_pool import block_pool
-
-from attention_cases import DTYPES, equal_offsets, ragged_offsets
 
 
 @pytest.mark.parametrize("impl", ("reference", "torch"))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import DTYPES, HEAD_DIMS, Case, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +14,6 @@ from fastdiff.kernels.block_sparse_attention import (
     implementations,
     probe,
 )
-
-from attention_cases import DTYPES, HEAD_DIMS, Case, check
 
 IMPLS = ("reference", "torch")
 

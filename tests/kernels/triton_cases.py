@@ -1,14 +1,13 @@
-"""Cases for the Triton kernels: interpreted on the CPU (a few, small) or compiled on a GPU (more)."""
+"""Cases for the Triton kernels: interpreted on the CPU (few, small) or compiled on a GPU (more)."""
 
 import itertools
 
 import pytest
 import torch
+from attention_cases import DTYPES, HEAD_DIMS, Case, check, equal_offsets, ragged_offsets
 
 from fastdiff.kernels.block_pool import block_pool
 from fastdiff.kernels.block_sparse_attention import implementations, probe
-
-from attention_cases import DTYPES, HEAD_DIMS, Case, check, equal_offsets, ragged_offsets
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
