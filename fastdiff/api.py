@@ -1,9 +1,11 @@
 """enable and disable, the two pipeline methods, and the handle behind `pipe.fastdiff`."""
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from fastdiff.shadow import supported
 HANDLE = "_fastdiff_handle"
 # parts of a pipeline that hold attention and are not the denoiser
 _NOT_DENOISERS = ("vae", "vqvae", "controlnet", "text_encoder", "image_encoder", "safety_checker")
+_NOT_DENOISER_HOMES = ("diffusers.models.autoencoders.", "diffusers.models.controlnets.")
 
 
 class Handle:
@@ -31,7 +34,9 @@ class Handle:
         self._session = session
         self._denoisers = denoisers
         self._names = names
-        self._pipe: Any = None
+        # weak: the last layer that ran is remembered, and would keep every weight alive
+        self._pipe: Callable[[], Any] = lambda: None
+        self._scheduler: Any = None
 
     def __deepcopy__(self, memo: dict) -> "Handle":
         # a copied model must not copy the whole pipeline with it
@@ -75,12 +80,14 @@ class Handle:
             denoiser.arm()
 
     def _watch_scheduler(self) -> None:
-        scheduler = getattr(self._pipe, "scheduler", None)
+        scheduler = getattr(self._pipe(), "scheduler", None)
         if scheduler is None or scheduler_clock.armed(scheduler):
             return
-        # the user replaced pipe.scheduler after enabling
+        # the user replaced pipe.scheduler after enabling, and its run began unseen
+        scheduler_clock.disarm_scheduler(self._scheduler)
         scheduler_clock.arm_scheduler(scheduler, self.clock)
-        if self.clock.step is None and getattr(scheduler, "timesteps", None) is not None:
+        self._scheduler = scheduler
+        if getattr(scheduler, "timesteps", None) is not None:
             self.clock.begin(len(scheduler.timesteps))
 
 
@@ -125,7 +132,7 @@ def enable(
         _watch_branch(model, session.clock)
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
-        handle._pipe = target
+        handle._pipe, handle._scheduler = ref(target), scheduler
         target.__dict__[HANDLE] = handle
         scheduler_clock.arm_scheduler(scheduler, session.clock)
         session.watch = handle._watch_scheduler
@@ -136,9 +143,11 @@ def enable(
 
 def disable(target: Any) -> None:
     """Take everything out again; the pipeline is then stock, bit for bit. Safe to call twice."""
-    scheduler = getattr(target, "scheduler", None)
-    if scheduler is not None:
-        scheduler_clock.disarm_scheduler(scheduler)
+    handle = getattr(target, "__dict__", {}).get(HANDLE)
+    if handle is not None and handle._pipe() is target:
+        # the one that was armed, should the user have replaced it since
+        scheduler_clock.disarm_scheduler(handle._scheduler)
+    scheduler_clock.disarm_scheduler(getattr(target, "scheduler", None))
     for model in _candidates(target).values():
         if model.__dict__.pop(HANDLE, None) is not None:
             model.__dict__.pop("cache_context", None)
@@ -178,7 +187,9 @@ def _candidates(target: Any) -> dict[str, nn.Module]:
         }
     found: dict[str, nn.Module] = {}
     for name, model in named.items():
-        is_diffusers = hasattr(model, "config") and type(model).__module__.startswith("diffusers.")
+        home = type(model).__module__
+        is_diffusers = hasattr(model, "config") and home.startswith("diffusers.")
+        is_diffusers = is_diffusers and not home.startswith(_NOT_DENOISER_HOMES)
         known = family_of(model) is not None
         fresh = all(model is not other for other in found.values())
         if fresh and (is_diffusers or known) and any(attention_modules(model)):

@@ -64,7 +64,7 @@ class Policy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
+        if "name" in vars(cls):
             REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
