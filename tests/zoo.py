@@ -308,3 +308,25 @@ def small_options(name: str, **changes: Any) -> dict[str, Any]:
     tile = (1, 2, 4) if name in VIDEO or name == "wan22" else (1, 4, 4)
     return {"density": 0.4, "dense_steps": 0, "min_tokens": 1, "max_density": 1.0, "tile": tile,
             "sink": 0, "strict": True, **changes}
+
+
+def fingerprint(pipe: Any) -> dict[str, Any]:
+    """All that FastDiff could leave behind: classes, attribute names, hooks, by place."""
+    found: dict[str, Any] = {"pipe": (type(pipe), frozenset(vars(pipe)))}
+    for part, component in pipe.components.items():
+        if not isinstance(component, nn.Module):
+            found[part] = (type(component), frozenset(getattr(component, "__dict__", {})))
+            continue
+        for name, module in component.named_modules():
+            processor = getattr(module, "processor", None)
+            found[f"{part}.{name}"] = (
+                type(module), frozenset(vars(module)), len(module._forward_pre_hooks),
+                len(module._forward_pre_hooks_with_kwargs), len(module._forward_hooks),
+                type(processor), frozenset(getattr(processor, "__dict__", {})),
+            )
+    return found
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    """Equal but for the rounding of float32 over a few layers and steps."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=3e-5 * float(wanted.abs().max()))
