@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def build_autoencoder(config: dict) -> AutoencoderKLWan:
     """An untrained `AutoencoderKLWan` of 8x space and 4x time on 2x2 pixel patches."""
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=config["encoder_dim"],
         decoder_base_dim=config["decoder_dim"],
         z_dim=16,
@@ -25,6 +25,25 @@ def build_autoencoder(config: dict) -> AutoencoderKLWan:
         scale_factor_temporal=4,
         scale_factor_spatial=8,
     )
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            _init_conv(module, 0.3 if name.endswith("conv2") else 1.0)
+    # start with little posterior noise: at a deviation of one the decoder would see noise only
+    with torch.no_grad():
+        vae.quant_conv.bias[16:] = -6.0
+    return vae
+
+
+@torch.no_grad()
+def _init_conv(conv: nn.Conv2d | nn.Conv3d, gain: float) -> None:
+    """Unit gain for pictures: only the newest tap in time starts away from zero."""
+    weight = conv.weight
+    fan_in = weight.shape[1] * weight.shape[-1] * weight.shape[-2]
+    fresh = torch.randn_like(weight) * gain / fan_in**0.5
+    if weight.ndim == 5:
+        fresh[:, :, :-1] *= 0.1
+    weight.copy_(fresh)
+    conv.bias.zero_()
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
