@@ -36,8 +36,8 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows (batch, head, query block) of similar length share a gather and two batched products.
 
-    Keys move in granules, the longest runs of tokens that no block border cuts; rows are sorted by
-    their number of granules, so only the last few columns of a batch are ever masked. Memory
+    Keys move in granules, the longest runs of tokens that no block border cuts; rows are sorted,
+    head by head, by their number of granules, so few columns are ever masked. Memory
     beyond the output: one copy of query, key and value, and buffers for `max(SCORES, one row)`
     scores and their keys and values. Counts and offsets are read on the host.
     """
@@ -88,20 +88,24 @@ def run(
     lists = indices.reshape(rows, -1).long().masked_fill(~listed, 0)
     lengths = block_length[batch[:, None], lists].masked_fill_(~listed, 0)
     firsts = block_first[batch[:, None], lists]
-    totals, order = lengths.sum(1).sort()
-    totals = totals.tolist()
-    width = counts.reshape(rows)[order].tolist()
+    totals = lengths.sum(1)
+    # head by head, whose keys then stay in cache; in it by query length (in 16s), then by keys
+    heights = (query_offsets.diff().long() + 15) // 16 * 16
+    heights = heights.clamp(max=block_q).repeat(B * H)
+    order = (((batch * H + head) * (block_q + 1) + heights) * (Skv + 1) + totals).argsort()
+    shapes = torch.stack((heights, totals, counts.reshape(rows)), 1)[order].tolist()
 
     out = torch.zeros(rows, block_q, D, **new)
     lse = torch.full((rows, block_q), -torch.inf, **new) if return_lse else None
     buffers = Buffers(new)
-    for start, stop in batches(totals, pooled, block_q * granule):
-        shortest, longest = totals[start], totals[stop - 1]
+    for start, stop in batches(shapes, pooled, granule):
+        height = shapes[start][0]
+        shortest, longest = (pick(shape[1] for shape in shapes[start:stop]) for pick in (min, max))
         columns = (longest + pooled) * granule
-        if columns == 0:
+        if columns == 0 or height == 0:
             continue
         r = order[start:stop]
-        n = max(width[start:stop])
+        n = max(shape[2] for shape in shapes[start:stop])
         short = longest - lengths[r].sum(1, keepdim=True)
         # [rows, n + 2]: the listed blocks, what fills the row up, the pooled keys
         first = torch.nn.functional.pad(firsts[r, :n], (0, 2), value=tokens)
@@ -112,8 +116,8 @@ def run(
             wanted = wanted.view(len(r), -1).minimum((base[r] + zero)[:, None]).flatten()
         k = buffers.gather("k", k_table, wanted).view(len(r), columns, D)
         v = buffers.gather("v", v_table, wanted).view(len(r), columns, D)
-        s = buffers.take("s", len(r), block_q, columns)
-        torch.bmm(q_rows.index_select(0, r), k.mT, out=s)
+        s = buffers.take("s", len(r), height, columns)
+        torch.bmm(q_rows[:, :height].index_select(0, r), k.mT, out=s)
 
         # everything left of `clean` is a real key in every row
         clean = shortest * granule
@@ -129,17 +133,17 @@ def run(
                 # a softmax over nothing is NaN; such rows are computed over zeros and dropped
                 empty = (bias == -torch.inf).all(1)
                 s.masked_fill_(empty[:, None, None], 0)
-        p = torch.softmax(s, -1, out=buffers.take("p", len(r), block_q, columns))
+        p = torch.softmax(s, -1, out=buffers.take("p", len(r), height, columns))
         o = torch.bmm(p, v)
         if empty is not None:
             o.masked_fill_(empty[:, None, None], 0)
-        out.index_copy_(0, r, o)
+        out[:, :height].index_copy_(0, r, o)
         if lse is not None:
             # the largest probability is exp(max - lse)
             found = s.amax(-1) - p.amax(-1).log()
             if empty is not None:
                 found.masked_fill_(empty[:, None], -torch.inf)
-            lse.index_copy_(0, r, found)
+            lse[:, :height].index_copy_(0, r, found)
 
     output = unblocked(out.view(B, H, NQ, block_q, D), q_slots)
     output = output.transpose(1, 2).to(query.dtype).contiguous()
@@ -208,17 +212,23 @@ def runs(first: Tensor, length: Tensor, total: int) -> Tensor:
     return number.add_(shift.repeat_interleave(length, output_size=total))
 
 
-def batches(totals: list[int], pooled: int, area: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows sorted by length: within SCORES, at most an eighth apart, empty rows alone."""
+def batches(shapes: list[list[int]], pooled: int, granule: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows to compute together, from each row's (height, granules, count).
+
+    A range shares its height, differs in length by at most an eighth and fits into SCORES; rows
+    without granules are never mixed with others.
+    """
     start = 0
-    while start < len(totals):
-        longest = totals[start] + totals[start] // 8
-        stop = start
-        while (
-            stop < len(totals)
-            and totals[stop] <= longest
-            and (stop == start or (stop - start + 1) * (totals[stop] + pooled) * area <= SCORES)
-        ):
+    while start < len(shapes):
+        height, shortest, _ = shapes[start]
+        longest = shortest
+        stop = start + 1
+        while stop < len(shapes) and shapes[stop][0] == height:
+            low, high = min(shortest, shapes[stop][1]), max(longest, shapes[stop][1])
+            scores = (stop + 1 - start) * height * (high + pooled) * granule
+            if scores > SCORES or high > low + low // 8:
+                break
+            shortest, longest = low, high
             stop += 1
         yield start, stop
         start = stop
