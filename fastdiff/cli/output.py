@@ -141,8 +141,8 @@ def _write_mp4(path: Path, pixels: Any, fps: int, text: str) -> None:
     pixels = _pad_even(pixels)
     writer = imageio_ffmpeg.write_frames(
         str(path), (width + width % 2, height + height % 2), fps=fps, codec="libx264",
-        pix_fmt_out="yuv420p", macro_block_size=2, quality=None,
-        output_params=["-crf", "16", "-movflags", "+faststart", "-metadata", f"comment={text}"],
+        pix_fmt_out="yuv420p", macro_block_size=2, quality=7,
+        output_params=["-movflags", "+faststart", "-metadata", f"comment={text}"],
         ffmpeg_log_level="error",
     )
     try:

@@ -109,9 +109,15 @@ def sample(pipe: Any, settings: Settings, on_step: OnStep, **changes: Any) -> Re
     frames = np.asarray(found[0], dtype="float32")
     frames = frames[None] if frames.ndim == 3 else frames
     if not np.isfinite(frames).all():
-        raise InputError(f"the model produced NaN in {settings.dtype}, so nothing was written: try "
-                         "--dtype float32, or --method stock to see whether it is the method")
+        raise InputError(f"the model produced NaN in {settings.dtype}, so nothing was written: "
+                         f"try {_without_nan(settings)}")
     return Result(frames, seconds, _resolved(pipe, settings, frames))
+
+
+def _without_nan(settings: Settings) -> str:
+    more = [] if settings.dtype == "float32" else ["--dtype float32"]
+    more += [] if settings.plan is None else ["--method stock, to see whether it is the method"]
+    return ", or ".join(more) or "another seed, or check the weights"
 
 
 def _arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def load(name: str | Path | Model, device: str = "cpu", dtype: Any = None) -> An
     dtype: a torch dtype or its name; None is bfloat16 on a GPU and float32 on a CPU.
     """
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     model = name if isinstance(name, Model) else find(name)
     if dtype is None:
