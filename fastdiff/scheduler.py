@@ -18,13 +18,15 @@ def _subclass(cls: type) -> type:
         @functools.wraps(cls.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
             result = cls.set_timesteps(self, *args, **kwargs)
-            getattr(self, CLOCK).begin(len(self.timesteps))
+            if armed(self):
+                getattr(self, CLOCK).begin(len(self.timesteps))
             return result
 
         @functools.wraps(cls.step)
         def step(self, *args: Any, **kwargs: Any) -> Any:
             result = cls.step(self, *args, **kwargs)
-            getattr(self, CLOCK).advance()
+            if armed(self):
+                getattr(self, CLOCK).advance()
             return result
 
         body = {"set_timesteps": set_timesteps, "step": step, "__module__": cls.__module__,
@@ -34,17 +36,18 @@ def _subclass(cls: type) -> type:
 
 
 def armed(scheduler: Any) -> bool:
-    return hasattr(type(scheduler), ORIGINAL)
+    # the class alone is not enough: type(scheduler).from_config(...) makes one without a clock
+    return CLOCK in getattr(scheduler, "__dict__", {})
 
 
 def arm_scheduler(scheduler: Any, clock: StepClock) -> None:
     """Let this scheduler instance drive `clock`; isinstance and saved names stay as they were."""
-    if not armed(scheduler):
+    if not hasattr(type(scheduler), ORIGINAL):
         scheduler.__class__ = _subclass(type(scheduler))
     setattr(scheduler, CLOCK, clock)
 
 
 def disarm_scheduler(scheduler: Any) -> None:
-    if armed(scheduler):
+    if hasattr(type(scheduler), ORIGINAL):
         scheduler.__class__ = getattr(type(scheduler), ORIGINAL)
         scheduler.__dict__.pop(CLOCK, None)

@@ -153,6 +153,10 @@ def disarm(model: nn.Module) -> None:
         module.__dict__.pop(LAYER, None)
     for _, module in attention_modules(model):
         restore_class(module.processor)
+    # fuse_qkv_projections keeps the processors from before, and unfuse puts them back
+    for processor in (getattr(model, "original_attn_processors", None) or {}).values():
+        restore_class(processor)
+    _current.layer = None
 
 
 class Denoiser:
