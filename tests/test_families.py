@@ -9,15 +9,15 @@ import zoo
 from fastdiff.policies.tile_sparse import TileSparse
 
 # how many attention calls over the grid one forward makes
-LAYERS = {"sd15": 7, "sdxl": 8, "sd3": 4, "flux": 4, "pixart_sigma": 2, "wan": 2, "cogvideox": 2,
-          "ltx": 2, "hunyuan_video": 3}
+LAYERS = {"sd15": 7, "sdxl": 8, "sd3": 3, "sd35": 4, "flux": 4, "pixart_sigma": 2, "wan": 2,
+          "cogvideox": 2, "ltx": 2, "hunyuan_video": 3}
 # forwards of a step: Wan runs the guidance branches one after the other
 FORWARDS = {"wan": 2}
 TEXT_BEFORE = {"flux": zoo.TEXT, "cogvideox": zoo.TEXT}
 # SD3 joins the tokens of CLIP and of T5
-TEXT_AFTER = {"sd3": 2 * zoo.TEXT, "hunyuan_video": zoo.TEXT}
+TEXT_AFTER = {"sd3": 2 * zoo.TEXT, "sd35": 2 * zoo.TEXT, "hunyuan_video": zoo.TEXT}
 
-families = pytest.mark.parametrize("name", zoo.NAMES)
+families = pytest.mark.parametrize("name", [*zoo.NAMES, "sd35"])
 
 
 class Pair:
@@ -74,12 +74,12 @@ def selections(monkeypatch):
 
 def layouts(name):
     """The layouts that a run of this family must show to the policy."""
-    frames, height, width = zoo.GRIDS[name]
+    frames, height, width = zoo.GRIDS["sd3" if name == "sd35" else name]
     if name == "sd15":
-        return {((1, height, width), 0, 0), ((1, math.ceil(height / 2), math.ceil(width / 2)), 0, 0)}
+        half = (1, math.ceil(height / 2), math.ceil(width / 2))
+        return {((1, height, width), 0, 0), (half, 0, 0)}
     joint = ((frames, height, width), TEXT_BEFORE.get(name, 0), TEXT_AFTER.get(name, 0))
-    # the first block of SD3.5 has a second attention over the grid alone
-    return {joint, (joint[0], 0, 0)} if name == "sd3" else {joint}
+    return {joint, (joint[0], 0, 0)} if name == "sd35" else {joint}
 
 
 @families
@@ -203,7 +203,7 @@ def test_batch_of_two_is_two_runs(name, tail, pairs):
 def test_policy_sees_the_right_layout(name, pairs, selections):
     pairs(name).fast({})
     seen = {(c.layout.grid, c.layout.before, c.layout.after) for *_, c, _ in selections}
-    assert seen == layouts(name) if name != "sdxl" else {zoo.GRIDS[name]} == {g for g, *_ in seen}
+    assert seen == layouts(name)
     for query, key, tiles, context, mask in selections:
         assert query.shape[1] == key.shape[1] == context.layout.tokens
         assert mask.keep.shape == (query.shape[0], query.shape[2], tiles.blocks, tiles.blocks)

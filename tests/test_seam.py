@@ -1,4 +1,4 @@
-"""Entering and leaving: what may be driven, the clock, strict mode, errors, and what stays as it was."""
+"""Entering and leaving: what may be driven, the clock, strict mode, errors, copies, files."""
 
 import copy
 import gc
@@ -293,8 +293,9 @@ def test_bad_settings_change_nothing(wan, on, arguments, options, words):
 @pytest.mark.parametrize("target", [
     lambda: object(),
     lambda: torch.nn.Linear(2, 2),
-    lambda: diffusers.AutoencoderTiny(encoder_block_out_channels=(8,), decoder_block_out_channels=(8,),
-                                      num_encoder_blocks=(1,), num_decoder_blocks=(1,)),
+    lambda: diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,), decoder_block_out_channels=(8,), num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,)),
     lambda: zoo.build("sd15").vae,
     lambda: zoo.build("wan").vae,
     lambda: zoo.build("sd15").text_encoder,
@@ -523,7 +524,7 @@ def test_a_selection_is_made_once_in_reuse_steps(name, reuse, selects):
         branches = 2 if name == "wan" else 1
         assert len(selects) == layers * branches * math.ceil(5 / reuse)
         assert {step for step, *_ in selects} == set(range(0, 5, reuse))
-    assert not name == "wan" or {branch for _, branch, _ in selects} == {"cond", "uncond"}
+    assert name != "wan" or {branch for _, branch, _ in selects} == {"cond", "uncond"}
 
 
 def test_reused_selections_do_not_leak():
@@ -554,7 +555,7 @@ def test_an_interrupted_run_leaves_nothing(wan):
 
 
 def test_random_blocks_can_be_repeated(wan):
-    options = {k: v for k, v in zoo.small_options("wan").items()}
+    options = zoo.small_options("wan")
     wan.enable_fastdiff("random-blocks", **options)
     first, second = zoo.call("wan", wan), zoo.call("wan", wan)
     assert torch.equal(first, second)

@@ -45,8 +45,8 @@ def _clip(width: int = 32, projection: bool = False) -> nn.Module:
 def _t5(cls: type = transformers.T5EncoderModel) -> nn.Module:
     small = {"vocab_size": len(_VOCABULARY), "d_model": 32, "d_kv": 8, "d_ff": 37,
              "num_layers": 1, "num_heads": 4, "pad_token_id": PAD, "eos_token_id": EOS}
-    config = transformers.UMT5Config if cls is transformers.UMT5EncoderModel else transformers.T5Config
-    return cls(config(**small))
+    wide = cls is transformers.UMT5EncoderModel
+    return cls((transformers.UMT5Config if wide else transformers.T5Config)(**small))
 
 
 def _llama() -> nn.Module:
@@ -79,8 +79,9 @@ def _sd15() -> Any:
         set_alpha_to_one=False, steps_offset=1,
     )
     return diffusers.StableDiffusionPipeline(
-        vae=_vae(halvings=3), text_encoder=_clip(), tokenizer=_tokenizer(), unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=_vae(halvings=3), text_encoder=_clip(), tokenizer=_tokenizer(), unet=unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -94,7 +95,8 @@ def _sdxl() -> Any:
         projection_class_embeddings_input_dim=80, cross_attention_dim=64, norm_num_groups=8,
     )
     scheduler = diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        timestep_spacing="leading", steps_offset=1,
     )
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(halvings=3), text_encoder=_clip(), text_encoder_2=_clip(projection=True),
@@ -103,12 +105,12 @@ def _sdxl() -> Any:
     )
 
 
-def _sd3() -> Any:
+def _sd3(**changes: Any) -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=3,
         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
         caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=24,
-        dual_attention_layers=(0,), qk_norm="rms_norm",
+        **changes,
     )
     return diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(shift_factor=0.06),
@@ -234,6 +236,13 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "wan": _wan, "cogvideox": _cogvideox, "ltx": _ltx, "hunyuan_video": _hunyuan_video,
 }
 NAMES = tuple(_BUILD)
+_VARIANTS: dict[str, Callable[[], Any]] = {
+    # two experts
+    "wan22": lambda: _wan(second=True),
+    # a second attention, over the grid alone, in the first block
+    "sd35": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+}
+_FAMILY = {"wan22": "wan", "sd35": "sd3"}
 VIDEO = ("wan", "cogvideox", "ltx", "hunyuan_video")
 # text and latent tokens share one attention
 JOINT = ("sd3", "flux", "cogvideox", "hunyuan_video")
@@ -266,9 +275,9 @@ _CALL: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, seed: int = 0) -> Any:
-    """A pipeline of this family; "wan22" is Wan with two experts. Same seed, same weights."""
+    """A pipeline of this family or variant. Same seed, same weights."""
     torch.manual_seed(seed)
-    pipe = _wan(second=True) if name == "wan22" else _BUILD[name]()
+    pipe = {**_BUILD, **_VARIANTS}[name]()
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
@@ -282,7 +291,7 @@ def denoiser(pipe: Any) -> nn.Module:
 
 def size(name: str, grid: tuple[int, int, int] | None = None) -> dict[str, int]:
     """Arguments that give this token grid."""
-    name = "wan" if name == "wan22" else name
+    name = _FAMILY.get(name, name)
     frames, height, width = grid or GRIDS[name]
     scale = _SIZE_OF_TOKEN[name]
     found = {"height": height * scale, "width": width * scale}
@@ -298,14 +307,14 @@ def call(name: str, pipe: Any, seed: int = 0, grid: tuple[int, int, int] | None 
     arguments = {
         "prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent", "return_dict": False,
         "generator": generators if isinstance(prompt, list) else generators[0],
-        **size(name, grid), **_CALL["wan" if name == "wan22" else name], **changes,
+        **size(name, grid), **_CALL[_FAMILY.get(name, name)], **changes,
     }
     return pipe(**arguments)[0]
 
 
 def small_options(name: str, **changes: Any) -> dict[str, Any]:
     """Options of enable with which sparse really runs on these small grids."""
-    tile = (1, 2, 4) if name in VIDEO or name == "wan22" else (1, 4, 4)
+    tile = (1, 2, 4) if _FAMILY.get(name, name) in VIDEO else (1, 4, 4)
     return {"density": 0.4, "dense_steps": 0, "min_tokens": 1, "max_density": 1.0, "tile": tile,
             "sink": 0, "strict": True, **changes}
 
