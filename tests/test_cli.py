@@ -179,6 +179,25 @@ def test_an_image_pipeline_with_its_own_defaults(sd15, tmp_path):
     assert "96x104" in refused("generate", "x", "-m", sd15, "--image", "--size", "97x101")
 
 
+def test_the_shipped_model_needs_no_option(wan, tmp_path, monkeypatch):
+    from fastdiff import models
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / models.FIRST).symlink_to(wan)
+    monkeypatch.setattr(models, "HOME", tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    run("generate", "a red cat")
+    sidecar = json.loads((tmp_path / "a-red-cat-seed0.mp4.json").read_text())
+    assert sidecar["model"] == "tiny-video" and len(sidecar["model_sha256"]) == 64
+    assert iio.imread("a-red-cat-seed0.mp4").shape == (5, 32, 48, 3)
+    assert json.loads(run("models", "--json").stdout)[0]["name"] == "tiny-video"
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == 0 and "ready: fastdiff generate" in told.stdout
+    changed = {**sidecar, "model_sha256": "0" * 64}
+    Path("changed.json").write_text(json.dumps(changed))
+    assert "weights of the model differ" in run("generate", "--from", "changed.json").stderr
+
+
 def test_a_dense_run_says_so(wan, tmp_path):
     found = run("generate", "a red cat", "-m", wan, "-o", tmp_path / "a.png", "--steps", "1")
     assert "every call ran dense" in found.stdout and "fewer than min_tokens" in found.stdout
@@ -217,6 +236,7 @@ def test_a_dense_run_says_so(wan, tmp_path):
     (["generate", "x", "-m", "WAN", "--frames", "8", "--image"], "--frames"),
     (["generate", "x", "-m", "WAN", "--device", "gpu"], "cpu"),
     (["generate", "x", "-m", "WAN", "--device", "cuda:99"], "cpu"),
+    (["generate", "x", "-m", "WAN", "--offload", "--device", "cpu"], "it needs one"),
     (["generate", "x", "-m", "WAN", "--dtype", "float31"], "did you mean float32"),
     (["generate", "x", "-m", "WAN", "--video", "-o", "a.png"], "a.png"),
     (["generate", "x", "-m", "WAN", "-o", "a.gif"], ".mp4"),
@@ -307,8 +327,9 @@ def test_ctrl_c_leaves_with_130_and_no_file(wan, tmp_path, monkeypatch):
 
 
 def test_a_real_interrupt(wan, tmp_path):
-    words = ["-m", "fastdiff.cli", "generate", "x", "-m", wan, "-o", str(tmp_path / "a.mp4"),
-             "--steps", "900"]
+    # as the installed command does; under `python -m` CPython may end by the signal itself
+    words = ["-c", "from fastdiff.cli import main; main()", "generate", "x", "-m", wan,
+             "-o", str(tmp_path / "a.mp4"), "--steps", "900"]
     process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stderr is not None and "loading" in process.stderr.readline()

@@ -43,7 +43,7 @@ def plan(
 
 
 def describe(settings: dict[str, Any] | None) -> str:
-    """A plan in a few words."""
+    """A plan in a few words, to go over a picture."""
     if settings is None:
         return STOCK
-    return f"{settings['method']} at density {settings['density']:g}"
+    return f"{settings['method']} {settings['density']:g}"

@@ -28,6 +28,9 @@ def report(error: BaseException) -> int:
     from rich.text import Text
 
     message, code = explain(error)
+    if not message:
+        # a bare `fastdiff` has already printed its help
+        return code
     line = Text("stopped: " if code == STOPPED else "error: ", "bold red") + Text(message)
     Console(stderr=True, soft_wrap=True).print(line)
     return code

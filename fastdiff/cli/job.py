@@ -74,6 +74,8 @@ class Job:
         if plan is None and self.compare:
             raise InputError("--compare needs a method other than stock")
         device = self._device(before)
+        if self.given.get("offload") and device == "cpu":
+            raise InputError("--offload moves parts to a GPU and back: it needs one")
         base = {
             "prompt": "", "negative": None, "seed": 0, "steps": best.steps,
             "guidance": best.guidance, "height": best.height, "width": best.width,
@@ -82,6 +84,7 @@ class Job:
         }
         merged = {name: self.given.get(name, earlier.get(name, default))
                   for name, default in base.items()}
+        merged["offload"] = merged["offload"] and device != "cpu"
         if kind == "image":
             merged["frames"] = 1
         elif kind != before.get("kind", kind) and "frames" not in self.given:
@@ -113,8 +116,6 @@ class Job:
         show.note(f"loading {model.name} ({settings.dtype} on {settings.device})")
         _hush()
         at = "cpu" if settings.offload else settings.device
-        if settings.offload and settings.device == "cpu":
-            raise InputError("--offload moves parts to a GPU and back: it needs one")
         pipe = models.load(model, at, settings.dtype)
         if settings.offload:
             pipe.enable_model_cpu_offload(device=settings.device)
@@ -202,9 +203,9 @@ class _Run:
         self, path: Path, stock: sampling.Result, fast: sampling.Result, about: dict[str, Any]
     ) -> dict[str, Any]:
         near = output.psnr(stock.frames, fast.frames)
-        told = "equal" if math.isinf(near) else f"PSNR {near:.1f} dB"
+        told = "equal" if math.isinf(near) else f"{near:.1f} dB"
         captions = (f"stock {stock.seconds:.1f} s",
-                    f"{choice.describe(self.settings.plan)} {fast.seconds:.1f} s, {told}")
+                    f"{choice.describe(self.settings.plan)}, {fast.seconds:.1f} s, {told}")
         both = output.side_by_side(stock.frames, fast.frames, captions)
         fps = self.settings.fps
         output.write(output.beside(path, "stock"), stock.frames, fps,

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import re
+import textwrap
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +137,7 @@ def load(name: str | Path | Model, device: str = "cpu", dtype: Any = None) -> An
     except Exception as error:  # the hub client raises a dozen kinds
         if not _is_fetch_error(error):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
         raise ValueError(
             f"model {model.name!r} is neither a shipped name ({', '.join(shipped()) or 'none'}) "
             f"nor a local folder, and could not be fetched from the hub: {reason}"
