@@ -87,7 +87,8 @@ def _imports(module: str) -> list[tuple[str, bool]]:
     """(dotted name, whether it is imported only inside a function), relative names resolved."""
     path = MODULES[module]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     lazy = {id(inner) for function in functions for inner in ast.walk(function)}
     home = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []

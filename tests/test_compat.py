@@ -20,9 +20,10 @@ def enable(name, pipe, **changes):
 
 @pytest.fixture(autouse=True)
 def _stock_backend():
-    yield
     # set_attention_backend also changes the choice of the whole process
-    dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+    before = dispatch._AttentionBackendRegistry._active_backend
+    yield
+    dispatch._AttentionBackendRegistry._active_backend = before
 
 
 @pytest.fixture(params=["wan", "flux", "sd15"])
@@ -64,8 +65,13 @@ def _broadcast(pipe):
 
 def _offload(name, pipe):
     cpu = torch.device("cpu")
-    zoo.denoiser(pipe).enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    try:
+        zoo.denoiser(pipe).enable_group_offload(
+            onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    except AttributeError:
+        if torch.accelerator.current_accelerator() is None:
+            pytest.skip("this diffusers offloads groups to an accelerator only")
+        raise
 
 
 # what else a user does, in the order that makes sense; FastDiff comes in between
@@ -109,7 +115,7 @@ def _orders():
     """Each story alone, with FastDiff switched on and off between its steps at random places."""
     for story, actions in STORIES.items():
         for family in FAMILIES.get(story, ("wan", "flux", "sd15")):
-            for seed in range(5):
+            for seed in range(4):
                 draw = random.Random(f"{story} {family} {seed}")
                 script: list[object] = [*actions]
                 for move in draw.choices(["on", "on", "other", "off", "run"], k=4):
