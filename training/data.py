@@ -123,12 +123,12 @@ def _track(
 
 
 def random_scene(
-    rng: random.Random, clip: bool, unseen: bool = False, place_share: float = 0.45
+    rng: random.Random, clip: bool, unseen: bool | None = False, place_share: float = 0.45
 ) -> Scene:
-    """A scene whose object-colour pair lies inside or (`unseen`) outside the training pairs."""
+    """A scene of a training pair, of a held-out pair (`unseen`), or of any pair (None)."""
     while True:
         obj, colour = rng.randrange(len(OBJECTS)), rng.randrange(len(COLOURS))
-        if held_out(obj, colour) == unseen:
+        if unseen is None or held_out(obj, colour) == unseen:
             break
     motion = rng.randrange(len(MOTIONS)) if clip else None
     pattern = rng.choices(range(4), PATTERN_WEIGHTS)[0]

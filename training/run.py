@@ -25,6 +25,7 @@ from .stages import (
     train_autoencoder,
     train_classifier,
     train_clips,
+    train_decoder,
     train_pictures,
     train_text,
 )
@@ -39,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, help="restart parts, used if --state is empty")
     parser.add_argument("--seconds", type=float, required=True, help="wall clock of this piece")
     parser.add_argument("--last", action="store_true", help="end the schedule, then evaluate")
+    parser.add_argument("--redo", nargs="*", default=[], help="stages to run once more")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
 
@@ -58,6 +60,8 @@ def prepare(args: argparse.Namespace, log: Log) -> Run:
     elif args.resume is not None:
         state.load_compact(args.resume)
         log.write("start", resumed="parts", **_spent(state))
+    for name in args.redo:
+        state.record["stages"].pop(name, None)
     compiler = Compiler(device.type == "cuda" and not args.no_compile)
     run = Run(state, log, compiler)
     spent = int(sum(s["steps"] for s in state.record["stages"].values()))
@@ -112,7 +116,12 @@ def train(run: Run, args: argparse.Namespace) -> None:
         train_pictures(run, reserve, limit)
         run.state.save(args.state)
     if run.state.stage("pictures")["done"]:
-        train_clips(run, reserve, args.last)
+        if not run.state.stage("clips")["done"]:
+            after = run.state.config["decoder"]["seconds"] + 5 if args.last else 0
+            train_clips(run, reserve + after, args.last)
+            run.state.save(args.state)
+    if run.state.stage("clips")["done"] and not run.state.stage("decoder")["done"]:
+        train_decoder(run, reserve)
         run.state.save(args.state)
 
 

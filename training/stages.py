@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .autoencoder import FullSequence, autoencoder_loss
+from .autoencoder import FullSequence, autoencoder_loss, reconstruction_loss
 from .bank import Bank
 from .captions import caption
 from .classifier import accuracy, classifier_loss, degrade
@@ -51,6 +51,13 @@ class Run:
             chunks = 4 if kind == "pictures" else 3
             self.pools[kind] = self.source.pool_of(kind, chunks, self.state.device)
         return self.pools[kind]
+
+    def judge_pool(self) -> None:
+        """Scenes of all pairs: the judge learns what the generator is never shown."""
+        if "judge" not in self.pools:
+            rng = random.Random(17)
+            scenes = [random_scene(rng, False, unseen=None) for _ in range(12288)]
+            self.pools["judge"] = make_batch(scenes, rng).to(self.state.device)
 
     def draw(self, kind: str, n: int) -> Batch:
         pool = self.pool(kind)
@@ -165,9 +172,48 @@ def train_autoencoder(run: Run, reserve: float) -> None:
     measure_latents(run)
 
 
+def train_decoder(run: Run, reserve: float) -> None:
+    """The decoder alone, on clips of full length: it has seen shorter ones only so far.
+
+    The encoder is frozen, so the denoiser's latents stay what they are. A little noise on them
+    stands for the denoiser's errors.
+    """
+    state, config, edge = run.state, run.state.config["decoder"], run.state.config["edge"]
+    params = [*state.vae.decoder.parameters(), *state.vae.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(
+        params, config["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=params[0].is_cuda
+    )
+    _, std = state.latent_statistics()
+    std = std.view(1, 1, 16, 1, 1)
+    count = 0
+
+    def step(progress: float) -> dict[str, Tensor]:
+        nonlocal count
+        kind = "pictures" if count % 4 == 3 else "clips"
+        video = render(run.draw(kind, config[f"{kind}_batch"]), run.sprites, edge)
+        with run.autocast():
+            with torch.no_grad():
+                latents = run.codec.encode(video)[:, :, :16].float()
+                level = config["noise"] * torch.rand(len(video), 1, 1, 1, 1, device=video.device)
+                latents = latents + level * std * torch.randn_like(latents)
+            frames = run.codec.decode(latents)
+            loss = reconstruction_loss(frames, video)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 0.5)
+        optimizer.param_groups[0]["lr"] = config["lr"] * _cosine(progress, count, 50)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        count += 1
+        error = torch.nn.functional.mse_loss(frames.detach().float().clamp(-1, 1), video)
+        return {f"{kind}_loss": loss.detach(), f"{kind}_psnr": -10 * torch.log10(error / 4)}
+
+    _run_stage(run, "decoder", step, config["seconds"], reserve)
+    measure_latents(run, keep=True)
+
+
 @torch.no_grad()
-def measure_latents(run: Run) -> None:
-    """Channel means and deviations of the latents over pictures and clips, into the config."""
+def measure_latents(run: Run, keep: bool = False) -> None:
+    """Channel means and deviations of the latents, into the config (not if `keep`); and PSNR."""
     state, rows, psnr = run.state, [], {}
     plain = FullSequence(state.vae)
     sizes = {"pictures": state.config["autoencoder"]["picture_batch"], "clips": 4}
@@ -179,12 +225,15 @@ def measure_latents(run: Run) -> None:
                 back = plain.decode(mean).float().clamp(-1, 1)
             psnr[kind] = -10 * math.log10((back - video).square().mean().item() / 4)
             rows.append(mean.float().transpose(0, 2).flatten(1))
+    state.record["figures"]["autoencoder_psnr"] = psnr
+    run.log.write("autoencoder", psnr=psnr)
+    if keep:
+        return
     table = torch.cat(rows, 1)
     mean = [round(v, 5) for v in table.mean(1).tolist()]
     std = [round(max(v, 1e-3), 5) for v in table.std(1).tolist()]
     state.set_latent_statistics(mean, std)
-    state.record["figures"]["autoencoder_psnr"] = psnr
-    run.log.write("autoencoder", psnr=psnr, latents_std=std)
+    run.log.write("autoencoder", latents_std=std)
 
 
 def train_classifier(run: Run, reserve: float) -> None:
@@ -194,6 +243,7 @@ def train_classifier(run: Run, reserve: float) -> None:
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, config["lr"], betas=(0.9, 0.98), weight_decay=0.02)
     plain, rng, count = FullSequence(state.vae), random.Random(6), 0
+    run.judge_pool()
 
     def look(scenes: Batch) -> Tensor:
         with torch.no_grad(), run.autocast():
@@ -204,7 +254,7 @@ def train_classifier(run: Run, reserve: float) -> None:
 
     def step(progress: float) -> dict[str, Tensor]:
         nonlocal count
-        scenes = run.draw("pictures", config["batch"])
+        scenes = run.draw("judge", config["batch"])
         turn = torch.rand_like(scenes.angle)
         scenes.angle = torch.where(turn < 0.3, turn * (2 * math.pi / 0.3), scenes.angle)
         scale = torch.rand_like(scenes.size)
