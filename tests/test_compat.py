@@ -1,13 +1,18 @@
 """FastDiff beside what else changes a model: in any order, and disabled equals never enabled."""
 
+# diffusers exports its classes lazily and annotates arguments narrowly; no type is checked here
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
+
 import random
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 import zoo
 from diffusers.models import attention_dispatch as dispatch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import fastdiff  # noqa: F401 - adds the pipeline methods
 
@@ -52,7 +57,7 @@ def total(pipe):
     return pipe.fastdiff.report.summary()
 
 
-Action = Callable[[str, object], None]
+Action = Callable[[str, Any], None]
 FIRST_BLOCK = diffusers.FirstBlockCacheConfig(threshold=10.0)
 
 
@@ -187,12 +192,12 @@ def test_fused_projections_stay_sparse(family):
 def test_replaced_processors_are_taken_over():
     pipe = zoo.build("sd15")
     enable("sd15", pipe)
-    pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
     zoo.call("sd15", pipe)
     assert total(pipe)["sparse_calls"] == 14
     pipe.disable_fastdiff()
     kinds = {type(p) for p in pipe.unet.attn_processors.values()}
-    assert kinds == {diffusers.models.attention_processor.AttnProcessor2_0}
+    assert kinds == {AttnProcessor2_0}
 
 
 def test_lora_works_while_enabled(name):
