@@ -93,7 +93,7 @@ def window_order(blocks: int, device: str) -> torch.Tensor:
     number = torch.arange(blocks, device=device)
     side = max(1, round(blocks ** (1 / 3)))
     place = torch.stack((number // (side * side), number // side % side, number % side), -1)
-    return torch.cdist(place.float(), place.float()).argsort(-1, stable=True)
+    return torch.cdist(place.float(), place.float()).argsort(dim=-1, stable=True)
 
 
 def lists(pattern: str, heads: int, blocks: int, kept: int, device: str) -> tuple:

@@ -55,6 +55,13 @@ def variants() -> list[tuple[str, dict[str, Any] | None]]:
             (f"tile-sparse {density}, no sink", {"method": "tile-sparse", "sink": 0, **knobs}),
             (f"random-blocks {density}", {"method": "random-blocks", **knobs}),
         ]
+    knobs = {**common, "method": "tile-sparse", "density": 0.25}
+    rows += [
+        ("tile-sparse 0.25, top-k", {**knobs, "select_by": "top-k"}),
+        ("tile-sparse 0.25, top-p", {**knobs, "select_by": "top-p"}),
+        ("tile-sparse 0.25, reuse 4", {**knobs, "reuse": 4}),
+        ("tile-sparse 0.25, no dense steps", {**knobs, "dense_steps": 0}),
+    ]
     return rows
 
 
@@ -114,10 +121,10 @@ def quality(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                     torch.Generator("cpu").manual_seed(1000 * seed + begin + i)
                     for i in range(len(part))
                 ]
-                kernel = other_kernel(args.device) if name == "stock, other kernel" else None
+                other = name == "stock, other kernel"
                 synchronize(args.device)
                 start = time.perf_counter()
-                with kernel or nullcontext():
+                with other_kernel(args.device) if other else nullcontext():
                     latents = pipe(
                         part, height=args.size, width=args.size, num_frames=args.frames,
                         num_inference_steps=args.steps, guidance_scale=args.guidance,
@@ -143,7 +150,8 @@ def quality(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     fastdiff.disable(pipe)
     rows = []
     for name, row in results.items():
-        control = results.get(f"random-blocks {name.split()[1].strip(',')}") if " 0." in name else None
+        density = name.split()[1].strip(",")
+        control = results.get(f"random-blocks {density}")
         rows.append({"variant": name, **info.get(name, {}), "clips": len(row["psnr"]),
                      "psnr_db": mean_ci(row["psnr"]), "ssim": mean_ci(row["ssim"]),
                      "psnr_over_random_db": control and mean_ci(
@@ -164,6 +172,9 @@ def mean_ci(values: list[float]) -> dict[str, float]:
 def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One denoiser forward, all variants in turn, at several clip sizes."""
     rows = []
+    # the variants whose cost differs
+    timed = [name for name, _ in variants() if name.count(",") == 0 or "tail" in name
+             or name.startswith("stock")]
     model = pipe.transformer
     for frames, size in args.shapes:
         latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
@@ -178,15 +189,15 @@ def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         stock = None
         for repeat in range(-1, args.repeats):
             for name, knobs in variants():
-                if "no sink" in name:
+                if name not in timed:
                     continue
                 set_variant(pipe, knobs)
-                kernel = other_kernel(args.device) if name == "stock, other kernel" else None
+                other = name == "stock, other kernel"
                 # time the second forward: the first after a switch makes tiles and warms up
                 for _ in range(2):
                     synchronize(args.device)
                     start = time.perf_counter()
-                    with kernel or nullcontext():
+                    with other_kernel(args.device) if other else nullcontext():
                         out = model(hidden_states=latents, timestep=timestep,
                                     encoder_hidden_states=text, return_dict=False)[0]
                     synchronize(args.device)
@@ -221,7 +232,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--frames", type=int, default=33)
-    parser.add_argument("--text-tokens", type=int, default=32)
+    parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--shapes", nargs="*", default=["33x256", "65x256"],
                         help="clip sizes for timing, frames x pixels")
@@ -232,7 +243,8 @@ def main() -> None:
     if args.quick:
         args.prompts = args.seeds = args.batch = 1
         args.steps, args.repeats, args.shapes = 2, 2, [(args.frames, args.size)]
-    pipe = load(args.model, device=args.device, dtype=torch.float32)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    pipe = load(args.model, device=args.device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("output", "device")}
     for part, wanted, measure in (("quality", args.quality, quality),
