@@ -150,7 +150,7 @@ def quality(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     fastdiff.disable(pipe)
     rows = []
     for name, row in results.items():
-        density = name.split()[1].strip(",")
+        density = name.partition(" ")[2].partition(",")[0]
         control = results.get(f"random-blocks {density}")
         rows.append({"variant": name, **info.get(name, {}), "clips": len(row["psnr"]),
                      "psnr_db": mean_ci(row["psnr"]), "ssim": mean_ci(row["ssim"]),
