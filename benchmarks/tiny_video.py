@@ -5,8 +5,10 @@ python benchmarks/tiny_video.py --quality off   # time of one denoiser forward o
 """
 
 import argparse
+import json
 import math
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,10 +19,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import record  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.models import load  # noqa: E402
+from training.autoencoder import FullSequence  # noqa: E402
 
 PROMPTS = [
     "a red apple moving left on a blue background",
@@ -74,7 +78,9 @@ def set_variant(pipe: Any, knobs: dict[str, Any] | None) -> None:
 
 def other_kernel(device: str) -> Any:
     """Another dense kernel: the noise floor of every similarity below."""
-    return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if device == "cuda" else SDPBackend.MATH)
+    # the text encoder's biased attention needs the second choice on a GPU
+    gpu = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(gpu if device == "cuda" else [SDPBackend.MATH])
 
 
 def synchronize(device: str) -> None:
@@ -84,13 +90,16 @@ def synchronize(device: str) -> None:
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents to frames [B, 3, T, H, W] in [0, 1]."""
+    """Latents [B, C, T, H, W] to frames [B, T, 3, H, W] in [0, 1].
+
+    By the streamlined decoder of `training/`, which tests hold equal to the stock one.
+    """
     config = pipe.vae.config
     shape = (1, config.z_dim, 1, 1, 1)
     mean = torch.tensor(config.latents_mean, device=latents.device).view(shape)
     std = torch.tensor(config.latents_std, device=latents.device).view(shape)
-    latents = (latents.float() * std + mean).to(pipe.vae.dtype)
-    clips = [pipe.vae.decode(clip, return_dict=False)[0] for clip in latents.split(8)]
+    latents = (latents.float() * std + mean).to(pipe.vae.dtype).transpose(1, 2)
+    clips = [FullSequence(pipe.vae).decode(clip) for clip in latents.split(8)]
     return (torch.cat(clips).float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -101,71 +110,103 @@ def similarity(clips: Tensor, stock: Tensor) -> tuple[list[float], list[float]]:
     error = (clips - stock).square().flatten(1).mean(1).clamp_min(1e-12)
     psnr = (-10 * error.log10()).tolist()
     found = [
-        float(ssim(a.transpose(0, 1), b.transpose(0, 1), data_range=1.0))
-        for a, b in zip(clips, stock, strict=True)
+        float(ssim(a, b, data_range=1.0)) for a, b in zip(clips, stock, strict=True)
     ]
     return psnr, found
 
 
 def quality(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    results: dict[str, dict[str, list]] = {}
-    info: dict[str, dict[str, Any]] = {}
+    """Every variant over all prompts and seeds.
+
+    Each finished clip is a line of `--work`/seed-N.jsonl; a second run does only what is missing,
+    and seeds can be shared among processes.
+    """
+    args.work.mkdir(parents=True, exist_ok=True)
     prompts = PROMPTS[: args.prompts]
-    for seed in range(args.seeds):
+    for seed in args.seeds:
+        path = args.work / f"seed-{seed}.jsonl"
+        done = {(row["variant"], row["prompt"]) for row in _lines(path)}
         for begin in range(0, len(prompts), args.batch):
             part = prompts[begin : begin + args.batch]
-            stock = None
-            for name, knobs in variants():
-                set_variant(pipe, knobs)
-                generators = [
-                    torch.Generator("cpu").manual_seed(1000 * seed + begin + i)
-                    for i in range(len(part))
-                ]
-                other = name == "stock, other kernel"
-                synchronize(args.device)
-                start = time.perf_counter()
-                with other_kernel(args.device) if other else nullcontext():
-                    latents = pipe(
-                        part, height=args.size, width=args.size, num_frames=args.frames,
-                        num_inference_steps=args.steps, guidance_scale=args.guidance,
-                        generator=generators, output_type="latent",
-                        max_sequence_length=args.text_tokens,
-                    ).frames
-                synchronize(args.device)
-                seconds = time.perf_counter() - start
-                clips = decode(pipe, latents)
-                if stock is None:
-                    stock = clips
-                psnr, ssim = similarity(clips, stock)
-                row = results.setdefault(name, {"psnr": [], "ssim": [], "seconds": []})
-                row["psnr"] += psnr
-                row["ssim"] += ssim
-                row["seconds"].append(seconds / len(part))
-                if knobs is not None:
-                    total = pipe.fastdiff.report.summary()
-                    info[name] = {"density": total["density"],
-                                  "density_all_calls": total["density_all_calls"]}
+            wanted = [(n, k) for n, k in variants() if any((n, p) not in done for p in part)]
+            wanted = [(n, k) for n, k in wanted if not args.only or n in args.only]
+            if not wanted:
+                continue
+            stock = decode(pipe, _latents(pipe, args, part, seed, begin, "stock", None)[0])
+            for name, knobs in wanted:
+                latents, row = _latents(pipe, args, part, seed, begin, name, knobs)
+                psnr, ssim = similarity(decode(pipe, latents), stock)
+                with path.open("a") as file:
+                    for prompt, a, b in zip(part, psnr, ssim, strict=True):
+                        line = {"variant": name, "prompt": prompt, "seed": seed, "psnr": a,
+                                "ssim": b, **row}
+                        file.write(json.dumps(line) + "\n")
                 print(f"seed {seed} prompts {begin}+{len(part)} {name:<32} "
-                      f"{sum(psnr) / len(psnr):6.2f} dB {seconds:6.1f} s", flush=True)
+                      f"{sum(psnr) / len(psnr):6.2f} dB {row['seconds']:6.1f} s", flush=True)
     fastdiff.disable(pipe)
+    return summary([row for path in sorted(args.work.glob("seed-*.jsonl")) for row in _lines(path)])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _latents(
+    pipe: Any, args: argparse.Namespace, part: list[str], seed: int, begin: int, name: str,
+    knobs: dict[str, Any] | None,
+) -> tuple[Tensor, dict[str, float]]:
+    set_variant(pipe, knobs)
+    generators = [
+        torch.Generator("cpu").manual_seed(1000 * seed + begin + i) for i in range(len(part))
+    ]
+    synchronize(args.device)
+    start = time.perf_counter()
+    with other_kernel(args.device) if name == "stock, other kernel" else nullcontext():
+        latents = pipe(
+            part, height=args.size, width=args.size, num_frames=args.frames,
+            num_inference_steps=args.steps, guidance_scale=args.guidance,
+            generator=generators, output_type="latent", max_sequence_length=args.text_tokens,
+        ).frames
+    synchronize(args.device)
+    row = {"seconds": (time.perf_counter() - start) / len(part)}
+    if knobs is not None:
+        total = pipe.fastdiff.report.summary()
+        row |= {"density": total["density"], "density_all_calls": total["density_all_calls"]}
+    return latents, row
+
+
+def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a variant: means with confidence, and paired differences to random tiles."""
+    table: dict[str, dict[tuple[str, int], dict]] = {}
+    for line in lines:
+        table.setdefault(line["variant"], {})[line["prompt"], line["seed"]] = line
     rows = []
-    for name, row in results.items():
+    for name, _ in variants():
+        clips = table.get(name)
+        if clips is None:
+            continue
         density = name.partition(" ")[2].partition(",")[0]
-        control = results.get(f"random-blocks {density}")
-        rows.append({"variant": name, **info.get(name, {}), "clips": len(row["psnr"]),
-                     "psnr_db": mean_ci(row["psnr"]), "ssim": mean_ci(row["ssim"]),
-                     "psnr_over_random_db": control and mean_ci(
-                         [a - b for a, b in zip(row["psnr"], control["psnr"], strict=True)]),
-                     "seconds_a_clip_in_batch": record.spread(row["seconds"]),
-                     "psnr_each": [round(x, 3) for x in row["psnr"]]})
+        control = table.get(f"random-blocks {density}", {})
+        paired = [clip["psnr"] - control[key]["psnr"] for key, clip in clips.items()
+                  if key in control]
+        first = next(iter(clips.values()))
+        rows.append({
+            "variant": name, "clips": len(clips),
+            **{k: first[k] for k in ("density", "density_all_calls") if k in first},
+            "psnr_db": mean_ci([clip["psnr"] for clip in clips.values()]),
+            "ssim": mean_ci([clip["ssim"] for clip in clips.values()]),
+            "psnr_over_random_db": mean_ci(paired) if paired else None,
+            "seconds_a_clip": record.spread([clip["seconds"] for clip in clips.values()]),
+            "psnr_each": [round(clip["psnr"], 3) for clip in clips.values()],
+        })
     return rows
 
 
 def mean_ci(values: list[float]) -> dict[str, float]:
-    """Mean with the half width of its 95 % confidence interval."""
+    """Mean with the half width of its 95 % confidence interval (None of a single value)."""
     x = torch.tensor(values, dtype=torch.float64)
-    half = 1.96 * float(x.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": round(float(x.mean()), 4), "ci95": round(half, 4)}
+    half = 1.96 * float(x.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": round(float(x.mean()), 4), "ci95": half and round(half, 4)}
 
 
 @torch.no_grad()
@@ -226,7 +267,9 @@ def main() -> None:
     parser.add_argument("--quality", choices=("on", "off"), default="on")
     parser.add_argument("--time", choices=("on", "off"), default="on")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--only", nargs="*", default=[], help="variants to run, by their names")
+    parser.add_argument("--work", type=Path, help="folder of finished clips, for resuming")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
@@ -241,19 +284,22 @@ def main() -> None:
     args = parser.parse_args()
     args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes]
     if args.quick:
-        args.prompts = args.seeds = args.batch = 1
+        args.prompts = args.batch = 1
+        args.seeds = [0]
         args.steps, args.repeats, args.shapes = 2, 2, [(args.frames, args.size)]
+    args.work = args.work or Path(tempfile.mkdtemp())
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     pipe = load(args.model, device=args.device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "device")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "device", "work")}
     for part, wanted, measure in (("quality", args.quality, quality),
                                   ("forward", args.time, forward_times)):
         if wanted == "on":
             suffix = "_quick" if args.quick else ""
             name = f"tiny_video_{part}_{args.device}{suffix}.json"
             path = args.output / name if args.output else record.RESULTS / name
-            record.write(path, f"tiny_video_{part}", args.device, settings, measure(pipe, args))
+            rows = measure(pipe, args)
+            record.write(path, f"tiny_video_{part}", args.device, settings, rows)
             print(path)
 
 
