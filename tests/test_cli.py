@@ -326,6 +326,16 @@ def test_ctrl_c_leaves_with_130_and_no_file(wan, tmp_path, monkeypatch):
     assert found.stderr.splitlines()[-1].startswith("stopped") and os.listdir(tmp_path) == []
 
 
+def test_ctrl_c_that_a_library_made_another_error_of():
+    try:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("cannot import") from error
+    except RuntimeError as error:
+        assert errors.explain(error)[1] == errors.STOPPED
+
+
 def test_a_real_interrupt(wan, tmp_path):
     # as the installed command does; under `python -m` CPython may end by the signal itself
     words = ["-c", "from fastdiff.cli import main; main()", "generate", "x", "-m", wan,

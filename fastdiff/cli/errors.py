@@ -38,7 +38,7 @@ def report(error: BaseException) -> int:
 
 def explain(error: BaseException) -> tuple[str, int]:
     """The line, and the exit code."""
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    if _interrupted(error):
         return "no unfinished file is left", STOPPED
     usage: Any = getattr(error, "format_message", None)
     if usage is not None:
@@ -53,6 +53,15 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, known) or type(error).__name__ == "DenseFallbackError":
         return text, BAD_INPUT
     return f"{type(error).__name__}: {text} (unexpected; --traceback shows where)", UNEXPECTED
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Ctrl-C, also where a library that was being imported made another error of it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def out_of_memory(error: BaseException) -> bool:
