@@ -13,8 +13,8 @@ from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, tiling
 REGISTRY: dict[str, type["Policy"]] = {}
 
 # measured: docs/break-even.md
-MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
-MAX_DENSITY = {"cpu": 0.7, "cuda": 0.6}
+MIN_TOKENS = {"cpu": 1024, "cuda": 12288}
+MAX_DENSITY = {"cpu": 0.45, "cuda": 0.4}
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Policy:
             return "dense layer"
         if clock.step is not None and clock.step < self._dense_steps(clock.steps):
             return "dense step"
-        least = MIN_TOKENS.get(device, 4096) if self.min_tokens is None else self.min_tokens
+        least = MIN_TOKENS.get(device, 12288) if self.min_tokens is None else self.min_tokens
         if layout.tokens < least:
             return f"fewer than min_tokens={least} tokens"
-        most = MAX_DENSITY.get(device, 0.6) if self.max_density is None else self.max_density
+        most = MAX_DENSITY.get(device, 0.4) if self.max_density is None else self.max_density
         if self.density > most:
             return f"density {self.density:g} is above the break-even {most:g}"
         return None

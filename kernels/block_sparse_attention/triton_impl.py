@@ -15,8 +15,8 @@ CAPABILITY = (8, 0)
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
-    (64, False): (128, 64, 8, 3),
-    (128, False): (128, 64, 8, 3),
+    (64, False): (64, 64, 4, 3),
+    (128, False): (64, 64, 4, 3),
     (256, False): (128, 32, 8, 2),
     (64, True): (64, 32, 4, 2),
     (128, True): (64, 16, 4, 2),

@@ -1,0 +1,162 @@
+"""Write the measured tables of README.md and docs/ out of benchmarks/results/; never by hand.
+
+python benchmarks/tables.py          # rewrite
+python benchmarks/tables.py --check  # fail where a page differs from the results
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
+         "fastdiff/models/tiny-video/README.md")
+
+Row = dict
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]]
+
+
+def quality(result: dict) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        over = row["psnr_over_random_db"]
+        random = row["variant"].startswith("random")
+        density = row.get("density_all_calls")
+        rows.append([
+            row["variant"], str(row["clips"]), "" if density is None else f"{density:.2f}",
+            _mean(row["psnr_db"], ".2f"), _mean(row["ssim"], ".4f"),
+            _mean(over, "+.2f") if over and not random else "",
+        ])
+    heads = ["variant", "clips", "density, all steps", "PSNR to stock, dB", "SSIM",
+             "PSNR over random tiles, dB"]
+    settings = result["settings"]
+    what = f"{settings['steps']} steps, guidance {settings['guidance']:g}, mean ± 95 % confidence"
+    return [*table(heads, rows), "", _where(result, what)]
+
+
+def _mean(value: Row, form: str) -> str:
+    half = value["ci95"]
+    return f"{value['mean']:{form}}" + (f" ± {half:{form.strip('+')}}" if half else "")
+
+
+def forward(result: dict) -> list[str]:
+    rows = [[f"{row['tokens']:,}", row["variant"], f"{row['seconds'] * 1e3:.0f}",
+             f"{row['p20'] * 1e3:.0f} to {row['p80'] * 1e3:.0f}", f"{row['speedup']:.2f}x",
+             f"{row['relative_error']:.4f}"] for row in result["rows"]]
+    heads = ["tokens", "variant", "ms a forward", "p20 to p80", "speed-up", "relative error"]
+    return [*table(heads, rows), "", _interleaved(result)]
+
+
+def denoiser(result: dict) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        part = f" ({row['layers']} of {row['of_layers']} layers)"
+        rows.append([
+            row["model"] + ("" if row["layers"] == row["of_layers"] else part), row["variant"],
+            f"{row['density']:.3f}", f"{row['seconds']:.3f}", f"{row['speedup']:.2f}x",
+            f"{row['peak_memory_gib']:.1f}"])
+    heads = ["model", "variant", "density", "s a forward", "speed-up", "peak GiB"]
+    return [*table(heads, rows), "", _interleaved(result)]
+
+
+def kernels(result: dict) -> list[str]:
+    wanted = [row for row in result["rows"]
+              if "failed" not in row and row["name"] != "block_pool" and _shipped(row)]
+    rows = [[f"{row['heads']} x {row['tokens']:,} x {row['head_dim']}", row["name"],
+             f"{row['density']:.3f}", f"{row['seconds'] * 1e3:.3f}", f"{row['tflops']:.0f}",
+             f"{row['speedup']:.2f}x", f"{row['efficiency']:.2f}"] for row in wanted]
+    heads = ["heads x tokens x D", "what", "density", "ms", "TFLOP/s", "over best dense", "E"]
+    errors = result["errors"]
+    failed = sum("failed" in row for row in errors)
+    checked = f"{len(errors)} random cases against float64, {failed} failed"
+    return [*table(heads, rows), "", f"{checked}. {_interleaved(result)}"]
+
+
+def _shipped(row: Row) -> bool:
+    return row["name"].startswith("dense") or row["config"] == [64, 64, 4, 3] or (
+        row["head_dim"] == 64 and row["block"] == 64)
+
+
+def cpu_attention(result: dict) -> list[str]:
+    rows = [[f"{row['tokens']:,}", row["blocks"], f"{row['density']:.2f}",
+             "on" if row["tail"] else "off", f"{row['dense_seconds'] * 1e3:.0f}",
+             f"{row['seconds'] * 1e3:.0f}", f"{row['speedup']:.2f}x"] for row in result["rows"]]
+    heads = ["tokens", "blocks", "density", "tail", "dense ms", "ms", "speed-up"]
+    return [*table(heads, rows), "", _interleaved(result)]
+
+
+def ability(result: dict) -> list[str]:
+    judge = result["training"]["figures"]["classifier"]
+    rows = [[kind, str(result[kind]["samples"]), *(
+        f"{result[kind][k]:.1%}" if k in result[kind] else "" for k in
+        ("object_top1", "colour", "pattern", "place", "direction"))]
+        for kind in ("pictures", "clips")]
+    heads = ["", "samples", "object", "background colour", "pattern", "position", "direction"]
+    own = (f"Judge's own accuracy on {judge['renders']} fresh renders: object "
+           f"{judge['object']:.1%}, colour {judge['colour']:.1%}.")
+    return [*table(heads, rows), "", f"{own} {result['steps']} steps, guidance "
+            f"{result['guidance']:g}, prompts of pairs never seen in training. "
+            f"{_where(result, '')}"]
+
+
+def _interleaved(result: dict) -> str:
+    first = result["rows"][0]
+    repeats = first.get("repeats", first.get("rounds"))
+    return _where(result, f"median of {repeats}, interleaved")
+
+
+def _where(result: dict, what: str) -> str:
+    device, versions = result["device"], result["versions"]
+    name = device if isinstance(device, str) else device["name"]
+    if isinstance(device, dict) and device["type"] == "cpu":
+        name += f", {device['threads']} threads"
+    parts = [what, f"{name}, torch {versions['torch']}", result.get("created", "")[:10],
+             f"`benchmarks/results/{result['file']}`"]
+    return "; ".join(part for part in parts if part) + "."
+
+
+TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
+    "quality": ("tiny_video_quality_cpu.json", quality),
+    "forward-cpu": ("tiny_video_forward_cpu.json", forward),
+    "denoiser": ("denoiser_cuda.json", denoiser),
+    "kernels": ("kernels_gpu.json", kernels),
+    "cpu-attention": ("cpu_attention.json", cpu_attention),
+    "ability": ("tiny_video_ability.json", ability),
+}
+
+
+def filled(text: str) -> str:
+    """The text with every `<!-- table NAME -->` ... `<!-- end -->` part made anew."""
+    for name, (file, make) in TABLES.items():
+        begin = f"<!-- table {name} -->"
+        if begin not in text:
+            continue
+        result = {**json.loads((RESULTS / file).read_text()), "file": file}
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition("<!-- end -->")
+        text = "\n".join([head + begin, *make(result), "<!-- end -->"]) + tail
+    return text
+
+
+def main() -> int:
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = filled(text)
+        if new != text:
+            stale.append(page)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    if stale:
+        print("changed:", *stale)
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
