@@ -119,8 +119,10 @@ def _kernels() -> list[Check]:
 
 
 def _models() -> list[Check]:
+    from fastdiff.cli.show import hush
     from fastdiff.models import FIRST, load, shipped
 
+    hush()
     found = []
     for name, model in shipped().items():
         try:

@@ -1,9 +1,7 @@
 """One call of `fastdiff generate`, from checks that need no weights to written files."""
 
-import logging
 import math
 import shlex
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from fastdiff import models
 from fastdiff.cli import choice, output, sampling, sidecar, values
 from fastdiff.cli.errors import InputError
-from fastdiff.cli.show import Show
+from fastdiff.cli.show import Show, hush
 from fastdiff.cli.sidecar import Settings
 
 FPS = 16
@@ -114,7 +112,7 @@ class Job:
 
     def _load(self, model: models.Model, settings: Settings, show: Show) -> Any:
         show.note(f"loading {model.name} ({settings.dtype} on {settings.device})")
-        _hush()
+        hush()
         at = "cpu" if settings.offload else settings.device
         pipe = models.load(model, at, settings.dtype)
         if settings.offload:
@@ -234,15 +232,3 @@ class _Run:
             "versions": sidecar.versions(),
             "command_line": shlex.join(["fastdiff", *self.job.command_line]),
         }
-
-
-def _hush() -> None:
-    """Libraries' own chatter would bury our lines; dense fallbacks are told from the report."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    logging.getLogger("fastdiff").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")

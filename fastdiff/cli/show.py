@@ -1,7 +1,9 @@
 """What a run tells: results on stdout, progress and notes on stderr."""
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,3 +98,15 @@ class Show:
 
 def _stderr() -> Console:
     return Console(stderr=True, soft_wrap=True)
+
+
+def hush() -> None:
+    """Libraries' own chatter would bury our lines; dense fallbacks are told from the report."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("fastdiff").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
