@@ -35,7 +35,10 @@ def test_a_shipped_model_is_found_and_loaded_by_name(home):
 def test_the_hash_follows_the_content(home):
     before = models.find("small").sha256
     assert before == models.find("small").sha256
+    (home / "small" / "README.md").write_text("a card")
     (home / "small" / "fastdiff.json").write_text("{}")
+    assert models.find("small").sha256 == before
+    (home / "small" / "transformer" / "config.json").write_text("{}")
     assert models.find("small").sha256 != before
 
 

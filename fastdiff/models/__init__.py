@@ -16,6 +16,8 @@ HOME = Path(__file__).parent
 INDEX = "model_index.json"
 DEFAULTS = "fastdiff.json"
 FIRST = "tiny-video"
+# what from_pretrained reads; a model card or a picture beside it changes nothing
+LOADED = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,11 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Content hash over names and bytes of all files."""
+        """Content hash over names and bytes of all files that decide a result."""
         digest = hashlib.sha256()
-        for path in self._files():
+        for path in (path for path in self._files() if path.suffix in LOADED):
+            if path.name == DEFAULTS:
+                continue
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             name = path.relative_to(self.folder or HOME).as_posix()
             digest.update(f"{name} {content}\n".encode())
