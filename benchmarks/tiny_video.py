@@ -56,7 +56,7 @@ def variants() -> list[tuple[str, dict[str, Any] | None]]:
         rows += [
             (f"tile-sparse {density}", {"method": "tile-sparse", **knobs}),
             (f"tile-sparse {density}, no tail", {"method": "tile-sparse", "tail": False, **knobs}),
-            (f"tile-sparse {density}, no sink", {"method": "tile-sparse", "sink": 0, **knobs}),
+            (f"tile-sparse {density}, sink 1", {"method": "tile-sparse", "sink": 1, **knobs}),
             (f"random-blocks {density}", {"method": "random-blocks", **knobs}),
         ]
     knobs = {**common, "method": "tile-sparse", "density": 0.25}

@@ -66,7 +66,7 @@ class Tiling:
 def auto_tile(grid: Grid, tokens_per_tile: int) -> Grid:
     """A tile of about `tokens_per_tile` tokens: cubic-like for video, square-like for images.
 
-    A power of two on each axis, never longer than the axis rounded up to a power of two.
+    A power of two on each axis, then evened out so that border tiles are not much smaller.
     """
     tile = [1, 1, 1]
     limits = [1 << (axis - 1).bit_length() for axis in grid]
@@ -75,7 +75,9 @@ def auto_tile(grid: Grid, tokens_per_tile: int) -> Grid:
         # the shortest side grows first; at a tie width before height before time
         axis = min(open_axes, key=lambda i: (tile[i], -i))
         tile[axis] *= 2
-    return (tile[0], tile[1], tile[2])
+    # as many tiles, of even sizes: 9 frames by 4 become 3 + 3 + 3 instead of 4 + 4 + 1
+    even = [math.ceil(n / math.ceil(n / size)) for n, size in zip(grid, tile, strict=True)]
+    return (even[0], even[1], even[2])
 
 
 @lru_cache(maxsize=64)

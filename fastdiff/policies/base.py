@@ -41,7 +41,8 @@ class Policy:
     dense_layers: first layers that stay dense.
     tile: tokens of a tile as (frames, height, width); None picks one from the grid.
     tail: skipped blocks still enter the softmax through their mean key and mean value.
-    sink: leading frames of a clip that every query keeps exactly.
+    sink: leading frames of a clip that every query keeps exactly; None keeps the first frame where
+        that takes at most a quarter of `density` (measured: docs/tile-sparse.md).
     reuse: steps for which a selection is used before it is made anew.
     min_tokens: shorter sequences stay dense; None takes the break-even of the device.
     max_density: above it the call stays dense; None takes the break-even of the device.
@@ -56,7 +57,7 @@ class Policy:
     dense_layers: int = 0
     tile: Grid | None = None
     tail: bool = True
-    sink: int = 1
+    sink: int | None = None
     reuse: int = 1
     min_tokens: int | None = None
     max_density: float | None = None
@@ -73,7 +74,8 @@ class Policy:
         _check(self.dense_steps >= 0 and fraction_ok, "dense_steps", self.dense_steps,
                "a number of steps (int), or a fraction from 0.0 to 1.0")
         for knob in ("dense_layers", "sink"):
-            _check(getattr(self, knob) >= 0, knob, getattr(self, knob), "0 or more")
+            value = getattr(self, knob)
+            _check(value is None or value >= 0, knob, value, "0 or more")
         _check(self.reuse >= 1, "reuse", self.reuse, "1 or more steps")
         if self.tile is not None:
             tile = tuple(self.tile)
@@ -91,7 +93,10 @@ class Policy:
         """The blocks of this sequence: tiles of 64 tokens, of 128 on a GPU for long sequences."""
         size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
         tile = self.tile or auto_tile(layout.grid, size)
-        return tiling(layout, tile, self.sink, query.device)
+        sink = self.sink
+        if sink is None:
+            sink = int(layout.grid[0] * self.density >= 4)
+        return tiling(layout, tile, sink, query.device)
 
     def stays_dense(self, layout: TokenLayout, device: str, context: Context) -> str | None:
         """Why this call is dense by the user's own settings, or None."""

@@ -18,45 +18,73 @@ SELECT = ("threshold", "top-p", "top-k")
 class TileSparse(Policy):
     """Block-sparse attention over 3-D tiles with a pooled tail.
 
-    Each tile of queries scores each tile of keys by the product of their means. Kept are the tiles
-    that stand out, and always: the own tile, text and reference tokens, the first `sink` frames.
-    Tiles that are not kept enter the same softmax through their mean key and mean value with the
-    weight of their length (`tail`), so no attention mass is dropped.
+    A few queries of each tile (`probes`) look at the mean key of every tile; the mean of their
+    softmax says how much attention mass each tile of keys holds for the tile of queries. Kept are
+    the tiles that stand out, and always: the own tile, text and reference tokens, the first `sink`
+    frames. Tiles that are not kept enter the same softmax through their mean key and mean value
+    with the weight of their length (`tail`), so no attention mass is dropped.
 
-    select: "threshold" keeps tiles above mean + beta * std of their row; "top-p" keeps the best
-        tiles until they hold the share `p` of the pooled softmax; "top-k" keeps as many per row.
-    beta, p: fix the cut by hand. None finds, for every sample and layer, the cut that meets
-        `density` on average; rows and heads that need more tiles then get more.
+    select_by: "threshold" keeps tiles whose log mass exceeds mean + beta * std of its row; "top-p"
+        keeps the best tiles until they hold the share `p` of the pooled softmax; "top-k" keeps as
+        many per row.
+    beta: cut of "threshold" fixed by hand. None finds, for every sample and layer, the cut that
+        meets `density` on average; rows and heads that need more tiles then get more.
+    p: cut of "top-p" fixed by hand; None likewise.
+    probes: queries of a tile that vote. More find more of what a tile needs and cost more.
 
-    Cost: pooling reads query and key once; the score map has (tokens / tile)^2 entries a head.
-    Limits: the cut is made on means, so a single outstanding key inside a dull tile is missed; at
-    a few hundred tokens there are too few tiles to choose from.
-    Sources: threshold and tail as in Sol-Attn (arXiv 2607.24027) and PISA (arXiv 2602.01077).
+    Cost: one product of probes with mean keys, (tokens / tile)^2 * probes entries a head, in chunks
+    of at most 32 M entries. Limits: keys are judged by tile means, so a single outstanding key
+    inside a dull tile is missed; at a few hundred tokens there are too few tiles to choose from.
+    Sources: threshold and tail as in Sol-Attn (arXiv 2607.24027) and PISA (arXiv 2602.01077);
+    voting by single queries is ours (a mean over the queries of a tile cancels rotated positions).
     """
 
     name: ClassVar[str] = "tile-sparse"
     summary: ClassVar[str] = "3-D tiles by pooled score, skipped tiles pooled (default)"
 
     select_by: str = "threshold"
+    probes: int = 8
     beta: float | None = None
     p: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.select_by in SELECT, "select_by", self.select_by, f"one of {', '.join(SELECT)}")
+        _check(self.probes >= 1, "probes", self.probes, "1 or more")
         _check(self.p is None or 0 < self.p <= 1, "p", self.p, "a share over 0, at most 1")
 
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:
-        query_mean, _ = block_pool(query, tiles.offsets, block=tiles.block)
         key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
-        if key_mean.shape[1] != query_mean.shape[1]:
-            key_mean = key_mean.repeat_interleave(query_mean.shape[1] // key_mean.shape[1], dim=1)
-        scale = query.shape[-1] ** -0.5
-        scores = (query_mean.float() @ key_mean.float().transpose(-1, -2)) * scale
+        mass = tile_mass(query, key_mean, tiles, self.probes)
+        # per key, so that a short border tile is not judged by its size
+        scores = (mass / tiles.lengths).clamp_min(1e-20).log()
         keep = keep_tiles(scores, tiles, self.select_by, self.density, self.beta, self.p)
         return BlockMask(keep, tiles.offsets, tiles.block)
+
+
+def tile_mass(query: Tensor, key_mean: Tensor, tiles: Tiling, probes: int) -> Tensor:
+    """Share of attention that each query tile gives to each key tile, float32 [B, H, N, N].
+
+    query: [B, S, H, D] in tile order; key_mean: [B, Hk, N, D]. Estimated by `probes` evenly spaced
+    queries of each tile against mean keys.
+    """
+    heads, blocks = query.shape[2], tiles.blocks
+    place = torch.linspace(0, 1, probes, device=query.device) if probes > 1 else 0.5
+    pick = tiles.offsets[:-1, None] + ((tiles.lengths[:, None] - 1) * place).round()
+    q = query.index_select(1, pick.flatten().long()).transpose(1, 2).float()
+    k = key_mean.float()
+    if k.shape[1] != heads:
+        k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    q, weight = q * query.shape[-1] ** -0.5, tiles.lengths.log()
+    step = max(1, (1 << 25) // max(1, blocks * blocks * probes))
+    parts = []
+    for begin in range(0, heads, step):
+        part = slice(begin, begin + step)
+        scores = q[:, part] @ k[:, part].transpose(-1, -2) + weight
+        parts.append(scores.softmax(-1).unflatten(2, (blocks, probes)).mean(3))
+    return torch.cat(parts, dim=1)
 
 
 def forced(tiles: Tiling) -> Tensor:
