@@ -214,8 +214,8 @@ def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One denoiser forward, all variants in turn, at several clip sizes."""
     rows = []
     # the variants whose cost differs
-    timed = [name for name, _ in variants() if name.count(",") == 0 or "tail" in name
-             or name.startswith("stock")]
+    timed = ["stock", *(f"tile-sparse {d}" for d in DENSITIES), "tile-sparse 0.25, no tail",
+             "random-blocks 0.25"]
     model = pipe.transformer
     for frames, size in args.shapes:
         latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
@@ -233,16 +233,12 @@ def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                 if name not in timed:
                     continue
                 set_variant(pipe, knobs)
-                other = name == "stock, other kernel"
-                # time the second forward: the first after a switch makes tiles and warms up
-                for _ in range(2):
-                    synchronize(args.device)
-                    start = time.perf_counter()
-                    with other_kernel(args.device) if other else nullcontext():
-                        out = model(hidden_states=latents, timestep=timestep,
-                                    encoder_hidden_states=text, return_dict=False)[0]
-                    synchronize(args.device)
-                    last = time.perf_counter() - start
+                synchronize(args.device)
+                start = time.perf_counter()
+                out = model(hidden_states=latents, timestep=timestep,
+                            encoder_hidden_states=text, return_dict=False)[0]
+                synchronize(args.device)
+                last = time.perf_counter() - start
                 stock = out if stock is None else stock
                 errors[name] = float((out - stock).float().norm() / stock.float().norm())
                 if repeat >= 0:

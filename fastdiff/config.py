@@ -33,7 +33,10 @@ def make_policy(method: str | Policy | None, options: dict[str, Any]) -> Policy:
     if name not in known:
         raise ValueError(f"unknown method {name!r}: {nearest(str(name), [*PRESETS, *known])}")
     _check_options(known[name], options)
-    return known[name](**{**settings, **options})
+    try:
+        return known[name](**{**settings, **options})
+    except TypeError as error:
+        raise ValueError(f"an option of {name} has the wrong type: {error}") from None
 
 
 def _replace(policy: Policy, options: dict[str, Any]) -> Policy:
