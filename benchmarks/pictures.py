@@ -61,7 +61,7 @@ def main() -> None:
     pipe = load("tiny-video", device="cpu", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     pictures = [frames(pipe, prompt, 1)[0] for prompt in PICTURES]
-    captions = "   |   ".join(prompt.removeprefix("a ") for prompt in PICTURES)
+    captions = ""
     save([row(pictures, captions)], ROOT / "docs/images/pictures.png")
     rows = []
     for prompt in CLIPS:

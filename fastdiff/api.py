@@ -69,7 +69,8 @@ class Handle:
         options = ", ".join(f"{k}={v}" for k, v in shown.items())
         parts = ", ".join(f"{name} ({family})" for name, family in self._names.items())
         armed = sum(len(d.layers) for d in self._denoisers)
-        lines = [f"FastDiff is on: {policy.name} ({options})", f"on {parts}: {armed} attention modules"]
+        lines = [f"FastDiff is on: {policy.name} ({options})",
+                 f"on {parts}: {armed} attention modules"]
         for denoiser in self._denoisers:
             lines += [f"left stock, no attention call to take over: {name}"
                       for name in denoiser.unsupported]

@@ -115,11 +115,10 @@ def train(run: Run, args: argparse.Namespace) -> None:
             limit = max(0.0, run.log.left() - reserve - clips["seconds"] - clips["fill_seconds"])
         train_pictures(run, reserve, limit)
         run.state.save(args.state)
-    if run.state.stage("pictures")["done"]:
-        if not run.state.stage("clips")["done"]:
-            after = run.state.config["decoder"]["seconds"] + 5 if args.last else 0
-            train_clips(run, reserve + after, args.last)
-            run.state.save(args.state)
+    if run.state.stage("pictures")["done"] and not run.state.stage("clips")["done"]:
+        after = run.state.config["decoder"]["seconds"] + 5 if args.last else 0
+        train_clips(run, reserve + after, args.last)
+        run.state.save(args.state)
     if run.state.stage("clips")["done"] and not run.state.stage("decoder")["done"]:
         train_decoder(run, reserve)
         run.state.save(args.state)
