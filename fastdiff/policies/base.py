@@ -13,8 +13,8 @@ from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, tiling
 REGISTRY: dict[str, type["Policy"]] = {}
 
 # measured: docs/break-even.md
-MIN_TOKENS = {"cpu": 1024, "cuda": 12288}
-MAX_DENSITY = {"cpu": 0.45, "cuda": 0.4}
+MIN_TOKENS = {"cpu": 2048, "cuda": 12288}
+MAX_DENSITY = {"cpu": 0.3, "cuda": 0.4}
 
 
 @dataclass(frozen=True)
