@@ -9,7 +9,7 @@ from typing import Any
 from fastdiff.policies import Policy, methods
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quality": {"method": "tile-sparse", "density": 0.4, "dense_steps": 0.3},
+    "quality": {"method": "tile-sparse", "density": 0.3, "dense_steps": 0.35},
     "balanced": {"method": "tile-sparse", "density": 0.25, "dense_steps": 0.2},
     "turbo": {"method": "tile-sparse", "density": 0.15, "dense_steps": 0.1},
 }
