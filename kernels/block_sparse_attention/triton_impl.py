@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from importlib.util import find_spec
 
 import torch
@@ -25,7 +26,7 @@ CONFIGS = {
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     reasons = []
-    if find_spec("triton") is None:
+    if not installed():
         return ["triton is not installed"]
     if dtype not in DTYPES:
         reasons.append(f"dtype {dtype} is not one of {DTYPES}")
@@ -34,9 +35,20 @@ def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: in
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
             reasons.append(f"compute capability is below {CAPABILITY}")
-    elif device.type != "cpu" or not interpreting():
+    elif device.type != "cpu" or not _interpreter_asked() or not interpreting():
         reasons.append(f"device {device} is neither a GPU nor a CPU under TRITON_INTERPRET=1")
     return reasons
+
+
+@functools.cache
+def installed() -> bool:
+    # asked at every call, and a look through the import path costs more than a launch
+    return find_spec("triton") is not None
+
+
+def _interpreter_asked() -> bool:
+    # spares a CPU without the interpreter the import of triton
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @functools.cache
