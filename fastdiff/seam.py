@@ -96,11 +96,11 @@ def _dispatch(
 ):
     """Stand-in for diffusers' dispatcher inside processors. query: [B, S, H, D]."""
     obstacle = _obstacle(dropout_p, is_causal, parallel_config)
-    mask_ok = attn_mask is None or isinstance(attn_mask, Tensor)
+    mask = attn_mask if isinstance(attn_mask, Tensor) else None
+    if attn_mask is not mask:
+        obstacle = obstacle or f"a mask of type {type(attn_mask).__name__}"
     name = "" if backend is None else getattr(backend, "value", str(backend))
-    out = None
-    if mask_ok:
-        out = _take(query, key, value, attn_mask, scale, f"dispatch:{name}", obstacle)
+    out = _take(query, key, value, mask, scale, f"dispatch:{name}", obstacle)
     if out is not None:
         return out
     return _stock_dispatch()(

@@ -655,3 +655,18 @@ def test_nothing_outside_is_patched():
     zoo.call("sd3", pipe)
     assert before == (F.scaled_dot_product_attention, attention_dispatch.dispatch_attention_fn,
                       dict(attention_dispatch._AttentionBackendRegistry._backends))
+
+
+def test_a_mask_that_is_no_tensor_raises_in_strict_mode():
+    from fastdiff import seam
+    from fastdiff.layout import TokenLayout
+
+    transformer = zoo.build("wan").transformer
+    fastdiff.enable(transformer, min_tokens=1, strict=True)
+    layer = transformer.blocks[0].attn1.__dict__[seam.LAYER]
+    layer.denoiser.layout = TokenLayout((1, 4, 4))
+    seam._current.layer, seam._current.context = layer, 0
+    query = torch.randn(1, 16, 2, 16)
+    with pytest.raises(DenseFallbackError, match="a mask of type object"):
+        seam._dispatch(query, query, query, attn_mask=object())
+    fastdiff.disable(transformer)
