@@ -7,15 +7,16 @@ from fastdiff.attach import attach
 
 if TYPE_CHECKING:
     from fastdiff.api import disable, enable, find_denoisers
+    from fastdiff.method import Method
     from fastdiff.policies import Policy
     from fastdiff.policies.tile_sparse import TileSparse
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "TileSparse", "disable", "enable", "find_denoisers"]
+__all__ = ["Method", "Policy", "TileSparse", "disable", "enable", "find_denoisers"]
 
 _HOME = {
     "enable": "api", "disable": "api", "find_denoisers": "api",
-    "Policy": "policies", "TileSparse": "policies.tile_sparse",
+    "Method": "method", "Policy": "policies", "TileSparse": "policies.tile_sparse",
 }
 
 

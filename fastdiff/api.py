@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastdiff import scheduler as scheduler_clock
-from fastdiff.attention import Session
+from fastdiff.attention import DenseFallbackError, Session
 from fastdiff.clock import StepClock
-from fastdiff.config import from_plan, make_policy, to_plan
+from fastdiff.config import from_plan, make_methods, to_plan
+from fastdiff.method import Host, Method, Part
 from fastdiff.pipelines.families import families, family_of
 from fastdiff.pipelines.families.generic import GENERIC
 from fastdiff.policies import Policy
@@ -30,10 +31,14 @@ _NOT_DENOISER_HOMES = ("diffusers.models.autoencoders.", "diffusers.models.contr
 class Handle:
     """What is on, and what happened in the last run. Print it."""
 
-    def __init__(self, session: Session, denoisers: list[Denoiser], names: dict[str, str]) -> None:
+    def __init__(
+        self, methods: tuple[Method, ...], session: Session, models: dict[str, Part]
+    ) -> None:
+        self.methods = methods
         self._session = session
-        self._denoisers = denoisers
-        self._names = names
+        self._denoisers: list[Denoiser] = []
+        self._names = {name: part.family.name for name, part in models.items()}
+        self._detach: list[Callable[[], None]] = []
         # weak: the last layer that ran is remembered, and would keep every weight alive
         self._pipe: Callable[[], Any] = lambda: None
         self._scheduler: Any = None
@@ -47,8 +52,9 @@ class Handle:
         return True
 
     @property
-    def policy(self) -> Policy:
-        return self._session.policy
+    def policy(self) -> Policy | None:
+        """The attention method, None where attention stays stock."""
+        return self._session.chosen
 
     @property
     def report(self) -> Report:
@@ -61,16 +67,13 @@ class Handle:
 
     def plan(self) -> dict[str, Any]:
         """Settings as plain data; `enable_fastdiff(plan=...)` takes it back."""
-        return to_plan(self.policy)
+        return to_plan(self.methods)
 
     def __repr__(self) -> str:
-        policy = self.policy
-        shown = {k: v for k, v in policy.to_dict().items() if k != "method" and v is not None}
-        options = ", ".join(f"{k}={v}" for k, v in shown.items())
         parts = ", ".join(f"{name} ({family})" for name, family in self._names.items())
         armed = sum(len(d.layers) for d in self._denoisers)
-        lines = [f"FastDiff is on: {policy.name} ({options})",
-                 f"on {parts}: {armed} attention modules"]
+        lines = [f"FastDiff is on: {_told(method)}" for method in self.methods]
+        lines += [f"on {parts}" + (f": {armed} attention modules" if armed else "")]
         for denoiser in self._denoisers:
             lines += [f"left stock, no attention call to take over: {name}"
                       for name in denoiser.unsupported]
@@ -79,6 +82,11 @@ class Handle:
     def _arm(self) -> None:
         for denoiser in self._denoisers:
             denoiser.arm()
+
+    def _take_out(self) -> None:
+        """Detach every method, last one first."""
+        while self._detach:
+            self._detach.pop()()
 
     def _watch_scheduler(self) -> None:
         scheduler = getattr(self._pipe(), "scheduler", None)
@@ -92,6 +100,11 @@ class Handle:
             self.clock.begin(len(scheduler.timesteps))
 
 
+def _told(method: Method) -> str:
+    shown = {k: v for k, v in method.to_dict().items() if k != "method" and v is not None}
+    return f"{method.name} ({', '.join(f'{k}={v}' for k, v in shown.items())})"
+
+
 class Off:
     """`pipe.fastdiff` of a pipeline that runs stock."""
 
@@ -102,55 +115,82 @@ class Off:
 
 
 def enable(
-    target: Any, *methods: str | Policy, plan: str | Path | dict[str, Any] | None = None,
+    target: Any, *methods: str | Method, plan: str | Path | dict[str, Any] | None = None,
     strict: bool | None = None, **options: Any,
 ) -> Handle:
     """Switch FastDiff on for a pipeline, a ModularPipeline or a bare diffusers model.
 
-    methods: a preset ("quality", "balanced", "turbo"), a method name, or a policy; nothing means
-        "balanced". options: knobs of that method. plan: a calibrated plan, file or dict.
-    strict: raise where attention would run dense without being asked to; None reads
+    methods: presets ("quality", "balanced", "turbo"), method names, or methods; at most one for
+        attention and one for sampling; nothing means "balanced". options: knobs, each given to the
+        method that has it; "method.knob" says which. plan: a calibrated plan, file or dict.
+    strict: raise where something would run stock without being asked to; None reads
         FASTDIFF_STRICT. Enabling again replaces. On error nothing is changed.
 
     A model shared by two pipelines is shared with its setting. Without a scheduler (a bare model)
     there is no step to count, so `dense_steps` does not apply.
     """
-    policy = _policy(methods, plan, options)
-    models = find_denoisers(target)
+    if plan is not None and methods:
+        raise ValueError("pass either methods or plan=, not both")
+    chosen = make_methods(methods if plan is None else from_plan(plan), options)
+    models = {name: Part(model, family_of(model) or GENERIC)
+              for name, model in find_denoisers(target).items()}
     if strict is None:
         strict = os.environ.get("FASTDIFF_STRICT", "0").lower() not in ("", "0", "false", "no")
     disable(target)
+    for part in models.values():
+        disable(part.model)
+    policy = next((method for method in chosen if isinstance(method, Policy)), None)
     session = Session(policy, StepClock(), strict=strict)
-    denoisers, names = [], {}
-    for name, model in models.items():
-        disable(model)
-        family = family_of(model) or GENERIC
-        denoisers.append(Denoiser(model, family.read, family.site, family.skip, session))
-        names[name] = family.name
-    handle = Handle(session, denoisers, names)
-    for model in models.values():
+    handle = Handle(chosen, session, models)
+    try:
+        _enter(target, handle, session, models)
+    except BaseException:
+        disable(target)
+        raise
+    return handle
+
+
+def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part]) -> None:
+    for model, _ in models.values():
         object.__setattr__(model, HANDLE, handle)
         _watch_branch(model, session.clock)
+    session.clock.on_begin(session.report.reset)
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
         handle._pipe, handle._scheduler = ref(target), scheduler
         target.__dict__[HANDLE] = handle
         scheduler_clock.arm_scheduler(scheduler, session.clock)
         session.watch = handle._watch_scheduler
-    session.clock.on_begin(session.report.reset)
-    session.clock.on_begin(handle._arm)
-    return handle
+    if session.chosen is not None:
+        handle._denoisers += [Denoiser(model, family.read, family.site, family.skip, session)
+                              for model, family in models.values()]
+        session.clock.on_begin(handle._arm)
+        unsupported = [name for d in handle._denoisers for name in d.unsupported]
+        if session.strict and unsupported:
+            raise DenseFallbackError(
+                f"attention of {', '.join(unsupported)} would stay stock: the processor calls "
+                "neither diffusers' dispatcher nor torch's scaled_dot_product_attention. Strict "
+                "mode is on; pass strict=False (or unset FASTDIFF_STRICT) to leave it stock.")
+    pipe = None if isinstance(_unwrap(target), nn.Module) else target
+    host = Host(pipe, models, session.clock, session.report, session.strict, session.stays_stock)
+    for method in handle.methods:
+        if method is not session.chosen:
+            handle._detach.append(method.attach(host))
 
 
 def disable(target: Any) -> None:
     """Take everything out again; the pipeline is then stock, bit for bit. Safe to call twice."""
     handle = getattr(target, "__dict__", {}).get(HANDLE)
+    if handle is not None and (handle._pipe() is target or handle._pipe() is None):
+        handle._take_out()
     if handle is not None and handle._pipe() is target:
         # the one that was armed, should the user have replaced it since
         scheduler_clock.disarm_scheduler(handle._scheduler)
     scheduler_clock.disarm_scheduler(getattr(target, "scheduler", None))
     for model in _candidates(target).values():
-        if model.__dict__.pop(HANDLE, None) is not None:
+        held = model.__dict__.pop(HANDLE, None)
+        if held is not None:
+            held._take_out()
             model.__dict__.pop("cache_context", None)
             disarm(model)
     getattr(target, "__dict__", {}).pop(HANDLE, None)
@@ -202,18 +242,6 @@ def _unwrap(module: Any) -> Any:
     if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         return module._orig_mod
     return module
-
-
-def _policy(methods: tuple, plan: Any, options: dict[str, Any]) -> Policy:
-    if plan is not None:
-        if methods:
-            raise ValueError("pass either a method or plan=, not both")
-        policy = from_plan(plan)
-        return make_policy(policy, options) if options else policy
-    if len(methods) > 1:
-        names = ", ".join(getattr(m, "name", str(m)) for m in methods)
-        raise ValueError(f"one attention method at a time, got {len(methods)}: {names}")
-    return make_policy(methods[0] if methods else None, options)
 
 
 def _watch_branch(model: nn.Module, clock: StepClock) -> None:

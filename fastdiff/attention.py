@@ -42,7 +42,7 @@ class Selection(NamedTuple):
 class Session:
     """Everything that one `enable` call switched on."""
 
-    policy: Policy
+    chosen: Policy | None
     clock: StepClock
     strict: bool = False
     impl: str = "auto"
@@ -51,9 +51,26 @@ class Session:
     _warned: set[str] = field(default_factory=set)
     _order: int = 0
 
+    @property
+    def policy(self) -> Policy:
+        """The attention method; a layer exists only where there is one."""
+        assert self.chosen is not None
+        return self.chosen
+
     def next_index(self) -> int:
         self._order += 1
         return self._order - 1
+
+    def stays_stock(self, where: str, reason: str) -> None:
+        """Count something that a method leaves stock unasked; raise in strict mode, else log."""
+        if self.strict:
+            raise DenseFallbackError(
+                f"{where} would run stock: {reason}. Strict mode is on; pass strict=False (or "
+                "unset FASTDIFF_STRICT) to let it run stock.")
+        self.report.stock[f"{where}: {reason}"] += 1
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("%s runs stock: %s (further cases are only counted)", where, reason)
 
     def fallback(self, layer: "Layer", reason: str, flops: float = 0.0) -> None:
         """Count a dense call that the user did not ask for; raise in strict mode, else log once."""

@@ -1,12 +1,16 @@
-"""Presets and plans: from names and files to policies."""
+"""Presets and plans: from names, options and files to methods."""
 
 import dataclasses
 import difflib
+import importlib
 import json
+import pkgutil
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastdiff.policies import Policy, methods
+from fastdiff.method import KINDS, REGISTRY, Method
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"method": "tile-sparse", "density": 0.3, "dense_steps": 0.35},
@@ -14,6 +18,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "turbo": {"method": "tile-sparse", "density": 0.15, "dense_steps": 0.1},
 }
 DEFAULT = "balanced"
+# one file a method in each of these
+HOMES = ("fastdiff.policies", "fastdiff.tokens", "fastdiff.pipelines")
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every registered method by name; imports each file of their homes once."""
+    for home in HOMES:
+        spec = find_spec(home)
+        if spec is not None:
+            for module in pkgutil.iter_modules(spec.submodule_search_locations):
+                importlib.import_module(f"{home}.{module.name}")
+    return dict(sorted(REGISTRY.items()))
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -23,50 +39,96 @@ def nearest(word: str, known: list[str]) -> str:
     return f"{hint}Accepted: {', '.join(known)}"
 
 
-def make_policy(method: str | Policy | None, options: dict[str, Any]) -> Policy:
-    """A policy from a preset or method name and options, or a policy with options replaced."""
-    if isinstance(method, Policy):
-        return _replace(method, options)
-    settings = dict(PRESETS.get(method or DEFAULT, {"method": method}))
+def make_methods(
+    given: Sequence[str | Method], options: dict[str, Any], check_kinds: bool = True
+) -> tuple[Method, ...]:
+    """Methods from preset names, method names and methods; nothing means the default preset.
+
+    options: a knob goes to the method that has it; where several have it, or to be plain, write
+    "name.knob".
+    """
+    found = [_start(method) for method in (given or [DEFAULT])]
+    changes = _shared_out(options, [cls for cls, _ in found])
+    made = tuple(_make(cls, {**settings, **changed})
+                 for (cls, settings), changed in zip(found, changes, strict=True))
+    for kind in ("attention", "sampling"):
+        same = [method.name for method in made if method.kind == kind]
+        if len(same) > 1:
+            raise ValueError(f"one {kind} method at a time, got {len(same)}: {', '.join(same)}")
+    names = [method.name for method in made]
+    if len({*names}) < len(names):
+        raise ValueError(f"each method once, got {', '.join(names)}")
+    return tuple(sorted(made, key=lambda method: KINDS.index(method.kind)))
+
+
+def _start(method: str | Method) -> tuple[type[Method], dict[str, Any]]:
+    if isinstance(method, Method):
+        fields = dataclasses.fields(method)
+        return type(method), {f.name: getattr(method, f.name) for f in fields}
     known = methods()
+    settings = dict(PRESETS.get(method, {"method": method}))
     name = settings.pop("method")
     if name not in known:
         raise ValueError(f"unknown method {name!r}: {nearest(str(name), [*PRESETS, *known])}")
-    _check_options(known[name], options)
+    return known[name], settings
+
+
+def _shared_out(options: dict[str, Any], classes: list[type[Method]]) -> list[dict[str, Any]]:
+    """The options of each class; a knob that none has, or several have, is refused."""
+    shares: list[dict[str, Any]] = [{} for _ in classes]
+    for option, value in options.items():
+        name, dot, knob = option.rpartition(".")
+        name = name.replace("_", "-")
+        fit = [i for i, cls in enumerate(classes)
+               if knob in _knobs(cls) and name in ("", cls.name)]
+        if not fit:
+            of = [cls for cls in classes if name in ("", cls.name)]
+            if not of:
+                raise ValueError(f"{option!r} names a method that is not on: "
+                                 f"{nearest(name, [cls.name for cls in classes])}")
+            raise ValueError(f"{' and '.join(cls.name for cls in of)} has no option {knob!r}: "
+                             f"{nearest(knob, [k for cls in of for k in _knobs(cls)])}")
+        if len(fit) > 1:
+            both = " or ".join(f"{classes[i].name}.{knob}" for i in fit)
+            raise ValueError(f"several methods have an option {knob!r}: write {both}")
+        shares[fit[0]][knob] = value
+    return shares
+
+
+def _knobs(cls: type[Method]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _make(cls: type[Method], settings: dict[str, Any]) -> Method:
     try:
-        return known[name](**{**settings, **options})
+        return cls(**settings)
     except TypeError as error:
-        raise ValueError(f"an option of {name} has the wrong type: {error}") from None
+        raise ValueError(f"an option of {cls.name} has the wrong type: {error}") from None
 
 
-def _replace(policy: Policy, options: dict[str, Any]) -> Policy:
-    _check_options(type(policy), options)
-    return dataclasses.replace(policy, **options)
+def to_plan(given: Sequence[Method]) -> dict[str, Any]:
+    """A plan: methods and their options as plain JSON data."""
+    return {"fastdiff_plan": 1, "methods": [method.to_dict() for method in given]}
 
 
-def _check_options(cls: type[Policy], options: dict[str, Any]) -> None:
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for option in options:
-        if option not in fields:
-            raise ValueError(f"{cls.name} has no option {option!r}: {nearest(option, fields)}")
-
-
-def to_plan(policy: Policy) -> dict[str, Any]:
-    """A plan: the method and its options as plain JSON data."""
-    return {"fastdiff_plan": 1, **policy.to_dict()}
-
-
-def from_plan(plan: str | Path | dict[str, Any]) -> Policy:
+def from_plan(plan: str | Path | dict[str, Any]) -> tuple[Method, ...]:
     """Read a plan from a dict or a JSON file."""
     if isinstance(plan, (str, Path)):
         path = Path(plan)
         if not path.is_file():
             raise ValueError(f"plan file {str(path)!r} does not exist")
         try:
-            plan = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"plan file {str(path)!r} is not JSON: {error}") from None
     if not isinstance(plan, dict) or plan.get("fastdiff_plan") != 1:
         raise ValueError("not a plan: expected an object with \"fastdiff_plan\": 1")
-    options = {k: v for k, v in plan.items() if k not in ("fastdiff_plan", "method")}
-    return make_policy(plan.get("method"), options)
+    entries = plan.get("methods")
+    if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("method"), str) for entry in entries):
+        raise ValueError("not a plan: \"methods\" is a list of objects with a \"method\" each")
+    made = []
+    for entry in entries:
+        options = {f"{entry['method']}.{k}": v for k, v in entry.items() if k != "method"}
+        made += make_methods([entry["method"]], options)
+    return make_methods(made, {}) if made else ()

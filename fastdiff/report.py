@@ -71,8 +71,23 @@ class Report:
     """All layers of a pipeline over its last run."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    # method name -> what it counted and told
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # what a method left stock unasked, by place and reason
+    stock: Counter = field(default_factory=Counter)
+
+    def count(self, method: str, what: str, n: float = 1) -> None:
+        """Add `n` to a figure of this run that `pipe.fastdiff` prints under the method's name."""
+        told = self.methods.setdefault(method, {})
+        told[what] = told.get(what, 0) + n
+
+    def tell(self, method: str, what: str, value: Any) -> None:
+        """Set a figure or a few words that `pipe.fastdiff` prints under the method's name."""
+        self.methods.setdefault(method, {})[what] = value
 
     def reset(self) -> None:
+        self.methods.clear()
+        self.stock.clear()
         for i, layer in enumerate(self.layers):
             self.layers[i] = LayerReport(layer.name, layer.index, layer.policy)
 
@@ -88,7 +103,7 @@ class Report:
         stock = sum(row["stock_flops"] for row in rows)
         sparse = [row for row in rows if row["sparse_calls"]]
         calls = sum(row["sparse_calls"] for row in sparse)
-        fallbacks: Counter = Counter()
+        fallbacks: Counter = Counter(self.stock)
         dense: Counter = Counter()
         for row in rows:
             fallbacks.update(row["fallbacks"])
@@ -104,12 +119,16 @@ class Report:
             "flops": computed,
             "stock_flops": stock,
             "seconds": sum(row["seconds"] for row in rows),
+            "methods": {name: dict(told) for name, told in self.methods.items()},
         }
 
     def __str__(self) -> str:
         rows = self.rows()
+        told = [f"{name}: {', '.join(f'{what} {_short(value)}' for what, value in facts.items())}"
+                for name, facts in self.methods.items()]
+        told += [f"RUNS STOCK, {n} times: {why}" for why, n in self.stock.items()]
         if not rows:
-            return "nothing has run yet"
+            return "\n".join(told) or "nothing has run yet"
         total = self.summary()
         lines = [f"{'layer':<44} {'impl':<9} {'sparse':>6} {'dense':>6} {'density':>8} "
                  f"{'saved':>6} {'ms':>9}"]
@@ -123,8 +142,13 @@ class Report:
                      f"({total['density_all_calls']:.0%}); density in sparse calls "
                      f"{total['density']:.3f}; {total['seconds']:.2f} s in the op")
         lines += [f"dense by setting, {n} calls: {why}" for why, n in total["dense_calls"].items()]
-        lines += [f"DENSE FALLBACK, {n} calls: {why}" for why, n in total["fallbacks"].items()]
-        return "\n".join(lines)
+        lines += [f"DENSE FALLBACK, {n} calls: {why}" for why, n in total["fallbacks"].items()
+                  if why not in self.stock]
+        return "\n".join([*lines, *told])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _row(layer: LayerReport) -> dict[str, Any]:

@@ -23,6 +23,8 @@ ARROWS: dict[str, set[str]] = {
     "blockmask": set(),
     "report": set(),
     "kernels": set(),
+    # what enable takes, and what a method enters
+    "method": {"clock", "report"},
     # how a class is swapped; knows no attention
     "shadow": set(),
     # adds the two pipeline methods; finds api by name, when a user calls one
@@ -31,17 +33,17 @@ ARROWS: dict[str, set[str]] = {
     "scheduler": {"clock"},
     # finds shipped weights
     "models": set(),
-    "policies": {"clock", "layout", "blockmask", "kernels"},
-    # presets and plans turn names into policies
-    "config": {"policies"},
+    "policies": {"clock", "layout", "blockmask", "kernels", "method"},
     "attention": {"clock", "layout", "blockmask", "report", "kernels", "policies"},
     "seam": {"shadow", "layout", "attention"},
-    "pipelines": {"clock", "layout", "seam"},
-    "api": {"clock", "report", "policies", "config", "scheduler", "shadow", "attention", "seam",
-            "pipelines"},
+    "pipelines": {"clock", "layout", "method", "seam"},
+    # presets and plans turn names into methods; finds their files by name
+    "config": {"method"},
+    "api": {"clock", "report", "method", "policies", "config", "scheduler", "shadow", "attention",
+            "seam", "pipelines"},
     # the names that a user sees: attach at once, the rest when asked for
-    "__init__": {"attach", "api", "policies"},
-    "cli": {"__init__", "api", "config", "policies", "kernels", "models", "report", "layout"},
+    "__init__": {"attach", "api", "method", "policies"},
+    "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report", "layout"},
 }
 # who may import these, besides the standard library and torch
 MAY_IMPORT = {

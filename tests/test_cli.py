@@ -108,7 +108,8 @@ def test_a_clip_is_a_real_h264_file_of_the_size_asked_for(wan, tmp_path):
     sidecar = json.loads((tmp_path / "a.mp4.json").read_text())
     assert (sidecar["height"], sidecar["width"], sidecar["frames"]) == (48, 64, 9)
     assert sidecar["report"]["sparse_calls"] > 0 and sidecar["report"]["density"] < 1
-    assert sidecar["plan"]["tile"] == [1, 1, 2] and sidecar["plan"]["sink"] == 0
+    plan = sidecar["plan"]["methods"][0]
+    assert plan["tile"] == [1, 1, 2] and plan["sink"] == 0
     assert sidecar["versions"]["torch"] and sidecar["seconds"] > 0
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "a.mp4.json"]
 
@@ -132,7 +133,7 @@ def test_sparse_and_stock_differ_and_stock_of_a_sidecar_stays_stock(wan, tmp_pat
     stock = json.loads(run(*words, "-o", tmp_path / "s.png", "--method", "stock").stdout)
     fast = json.loads(run(*words, "-o", tmp_path / "f.png", "--no-tail", *SPARSE).stdout)
     assert stock["results"][0]["report"] is None and stock["results"][0]["plan"] is None
-    assert fast["results"][0]["plan"]["tail"] is False
+    assert fast["results"][0]["plan"]["methods"][0]["tail"] is False
     assert (iio.imread(tmp_path / "s.png") != iio.imread(tmp_path / "f.png")).any()
     run("generate", "--from", tmp_path / "s.png.json", "-o", tmp_path / "t.png")
     assert (tmp_path / "s.png").read_bytes() == (tmp_path / "t.png").read_bytes()

@@ -18,7 +18,7 @@ import zoo
 import fastdiff
 from fastdiff.attention import DenseFallbackError
 from fastdiff.policies import methods
-from fastdiff.policies.base import REGISTRY
+from fastdiff.method import REGISTRY
 from fastdiff.policies.tile_sparse import TileSparse
 
 
@@ -277,8 +277,9 @@ def test_model_without_a_record_is_served_over_its_grid():
     ((), {"sink": -1}, ["sink=-1"]),
     ((), {"select_by": "best"}, ["select_by='best'", "top-k"]),
     (("tile-sparse", "random-blocks"), {}, ["one attention method at a time", "random-blocks"]),
-    (("tile-sparse",), {"plan": {"fastdiff_plan": 1}}, ["either a method or plan"]),
+    (("tile-sparse",), {"plan": {"fastdiff_plan": 1}}, ["either methods or plan"]),
     ((), {"plan": {"density": 0.3}}, ["not a plan"]),
+    ((), {"plan": {"fastdiff_plan": 1, "methods": [{"density": 0.3}]}}, ["not a plan", "a list"]),
     ((), {"plan": "no-such-plan.json"}, ["no-such-plan.json", "does not exist"]),
 ])
 @pytest.mark.parametrize("on", [False, True])

@@ -1,6 +1,7 @@
 """From method, plan and options on the command line to a plan: the method with all its options."""
 
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,57 @@ STOCK = "stock"
 
 
 def plan(
-    method: str | None, file: Path | None, options: dict[str, str], before: dict[str, Any] | None
+    given: str | None, file: Path | None, options: dict[str, str], before: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """The plan to run with; None is stock.
 
-    file: a plan file. options: knobs as typed. before: the plan of a sidecar, which `method` and
-    `file` replace and `options` change.
+    given: method names with "+" between them. file: a plan file. options: knobs as typed. before:
+    the plan of a sidecar, which `given` and `file` replace and `options` change.
     """
-    from fastdiff.config import PRESETS, from_plan, make_policy, to_plan
-    from fastdiff.policies import methods
+    from fastdiff.config import PRESETS, from_plan, make_methods, methods, to_plan
 
-    if method == STOCK:
+    if given == STOCK:
         if options or file is not None:
-            given = "--plan" if file is not None else f"--{next(iter(options)).replace('_', '-')}"
-            raise InputError(f"{given} needs a method other than {STOCK}")
+            typed = "--plan" if file is not None else f"--{next(iter(options)).replace('_', '-')}"
+            raise InputError(f"{typed} needs a method other than {STOCK}")
         return None
-    if method is not None and file is not None:
+    if given is not None and file is not None:
         raise InputError("give either --method or --plan, not both")
-    known = [STOCK, *PRESETS, *methods()]
-    if method is not None and method not in known:
-        raise InputError(f"unknown method {method!r}: {nearest(method, known)}")
-    source = file if file is not None else before if method is None else None
+    names = [] if given is None else [name.strip() for name in given.split("+")]
+    known = [*PRESETS, *methods()]
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown method {name!r}: {nearest(name, [STOCK, *known])}")
+    source = file if file is not None else before if given is None else None
     try:
-        policy = make_policy(method, {}) if source is None else from_plan(source)
-        hints = typing.get_type_hints(type(policy))
-        typed = {name: values.typed(name, text, hints[name]) if name in hints else text
-                 for name, text in options.items()}
-        return to_plan(make_policy(policy, typed))
+        start = make_methods(names, {}) if source is None else from_plan(source)
+        return to_plan(make_methods(start, _typed(start, options)))
     except TypeError as error:
         raise InputError(f"the plan has a value of the wrong type: {error}") from error
+
+
+def _typed(start: Sequence[Any], options: dict[str, str]) -> dict[str, Any]:
+    """Words as values of the knob they name; what nobody has is left to be refused by name."""
+    found: dict[str, Any] = {}
+    for option, text in options.items():
+        name, _, knob = option.rpartition(".")
+        hints = [typing.get_type_hints(type(method)) for method in start
+                 if name.replace("_", "-") in ("", method.name)]
+        hint = next((h[knob] for h in hints if knob in h), None)
+        found[option] = text if hint is None else values.typed(knob, text, hint)
+    return found
+
+
+def title(settings: dict[str, Any] | None) -> str:
+    """The names of a plan's methods."""
+    if settings is None:
+        return STOCK
+    return " + ".join(entry["method"] for entry in settings["methods"])
 
 
 def describe(settings: dict[str, Any] | None) -> str:
     """A plan in a few words, to go over a picture."""
     if settings is None:
         return STOCK
-    return f"{settings['method']} {settings['density']:g}"
+    return " + ".join(entry["method"] + (f" {entry['density']:g}" if "density" in entry else "")
+                      for entry in settings["methods"])

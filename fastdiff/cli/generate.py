@@ -52,7 +52,8 @@ def generate(
         help="Keep only the part that is running on the GPU.")] = None,
     method: Annotated[str | None, _option(
         "--method", panel=_METHOD,
-        help="A preset or a method (see `fastdiff methods`); stock is none. Default: balanced."
+        help="A preset or a method (see `fastdiff methods`), or several as a+b; stock is none. "
+             "Default: balanced."
     )] = None,
     density: Annotated[str | None, _option(
         "--density", panel=_METHOD, metavar="0..1", help="Share of query-key pairs to compute."

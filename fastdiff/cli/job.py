@@ -156,7 +156,7 @@ class _Run:
         stock = self._stock() if self.job.compare else None
         self._enable(self.settings.plan)
         plan = self.settings.plan
-        with self.show.steps(plan["method"] if plan else choice.STOCK) as bar:
+        with self.show.steps(choice.title(plan)) as bar:
             result = sampling.sample(self.pipe, self.settings, bar)
         settings = result.settings
         report = None if settings.plan is None else self.pipe.fastdiff.report.summary()
@@ -190,7 +190,7 @@ class _Run:
         accepted = sampling.parameters(self.pipe)
         latents = {"output_type": "latent"} if "output_type" in accepted else {}
         with self.show.steps("warm-up") as bar:
-            self._enable({**(self.settings.plan or {}), "dense_steps": 0})
+            self._enable(_soon(self.settings.plan))
             sampling.sample(self.pipe, short, bar, **latents)
             self._enable(None)
             sampling.sample(self.pipe, short, bar, **latents)
@@ -232,3 +232,11 @@ class _Run:
             "versions": sidecar.versions(),
             "command_line": shlex.join(["fastdiff", *self.job.command_line]),
         }
+
+
+def _soon(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The plan without dense steps at the start, so that two steps warm up what it runs."""
+    if plan is None:
+        return None
+    return {**plan, "methods": [{**entry, **({"dense_steps": 0} if "dense_steps" in entry else {})}
+                                for entry in plan["methods"]]}

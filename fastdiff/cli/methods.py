@@ -15,7 +15,7 @@ def methods(
 ) -> None:
     """List presets and methods with their options."""
     from fastdiff.config import DEFAULT, PRESETS
-    from fastdiff.policies import methods as registered
+    from fastdiff.config import methods as registered
 
     found = {
         "default": DEFAULT,
@@ -34,11 +34,19 @@ def _method(cls: type) -> dict[str, Any]:
         notes.update(option_notes(parent.__doc__ or ""))
     hints = typing.get_type_hints(cls)
     options = {
-        f.name: {"type": _type_name(hints[f.name]), "default": f.default,
+        f.name: {"type": _type_name(hints[f.name]), "default": _default(f),
                  "about": notes.get(f.name, "")}
         for f in dataclasses.fields(cls)
     }
-    return {"summary": getattr(cls, "summary", ""), "options": options}
+    return {"kind": getattr(cls, "kind", ""), "summary": getattr(cls, "summary", ""),
+            "options": options}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else None
 
 
 def option_notes(doc: str) -> dict[str, str]:
@@ -73,10 +81,11 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(name, f"{settings['method']} with {options}{default}")
     console.print(table)
     for name, method in found["methods"].items():
-        console.print(f"\n[bold]{name}[/bold]  {method['summary']}")
+        console.print(f"\n[bold]{name}[/bold]  ({method['kind']})  {method['summary']}")
         table = Table("  option", "default", "about", box=None)
         for option, about in method["options"].items():
             table.add_row(f"  {option}", str(about["default"]), about["about"])
         console.print(table)
-    console.print("\nSet options by --density, --dense-steps and so on, or --option name=value.",
+    console.print("\nSet options by --density, --dense-steps and so on, or --option name=value;\n"
+                  "--method a+b combines methods, --option a.name=value says whose.",
                   style="dim")

@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from fastdiff.cli import choice
+
 
 @dataclass(frozen=True)
 class Show:
@@ -80,16 +82,20 @@ class Show:
 
     def _attention(self, record: dict[str, Any]) -> None:
         report = record["report"]
-        name = record["plan"]["method"] if report else ""
+        name = choice.title(record["plan"]) if report else ""
         if report is None:
             self.line("method: stock")
             return
         sparse, computed = report["sparse_calls"], report["density_all_calls"]
+        for method, facts in report["methods"].items():
+            self.line(f"  {method}: {', '.join(f'{what} {n}' for what, n in facts.items())}")
         if sparse:
             self.line(f"method: {name}, density {report['density']:.2f} in {sparse} "
                       f"sparse calls; {computed:.0%} of stock's attention operations in all")
-        else:
+        elif report["layers"]:
             self.line(f"method: {name}, but every call ran dense", "yellow")
+        else:
+            self.line(f"method: {name}")
         for why, count in report["dense_calls"].items():
             self.line(f"  dense by setting, {count} calls: {why}")
         for why, count in report["fallbacks"].items():

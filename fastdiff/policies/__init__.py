@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from fastdiff.policies.base import REGISTRY, Context, Policy
+from fastdiff.method import REGISTRY
+from fastdiff.policies.base import Context, Policy
 
 __all__ = ["Context", "Policy", "methods"]
 
@@ -12,4 +13,5 @@ def methods() -> dict[str, type[Policy]]:
     """Every registered policy class by name; imports each file of this folder once."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return dict(sorted(REGISTRY.items()))
+    found = {name: cls for name, cls in REGISTRY.items() if issubclass(cls, Policy)}
+    return dict(sorted(found.items()))

@@ -1,6 +1,5 @@
 """Policy: the contract of a selection method, and the knobs that all of them share."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,8 +8,8 @@ from torch import Tensor
 from fastdiff.blockmask import BlockMask
 from fastdiff.clock import StepClock
 from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, tiling
-
-REGISTRY: dict[str, type["Policy"]] = {}
+from fastdiff.method import Method
+from fastdiff.method import check as _check
 
 # measured: docs/break-even.md
 MIN_TOKENS = {"cpu": 2048, "cuda": 12288}
@@ -32,7 +31,7 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(Method):
     """Knobs with the same meaning for every method.
 
     density: fraction of query-key pairs to compute, over (0, 1].
@@ -49,8 +48,7 @@ class Policy:
     seed: for methods that draw at random.
     """
 
-    name: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
+    kind: ClassVar[str] = "attention"
 
     density: float = 0.25
     dense_steps: int | float = 0.2
@@ -62,11 +60,6 @@ class Policy:
     min_tokens: int | None = None
     max_density: float | None = None
     seed: int = 0
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
         _check(0 < self.density <= 1, "density", self.density, "a number over 0, at most 1")
@@ -117,11 +110,3 @@ class Policy:
         if isinstance(self.dense_steps, float):
             return round(self.dense_steps * steps)
         return self.dense_steps
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"method": self.name, **dataclasses.asdict(self)}
-
-
-def _check(ok: bool, knob: str, value: Any, accepted: str) -> None:
-    if not ok:
-        raise ValueError(f"{knob}={value!r} is not possible: accepted is {accepted}")

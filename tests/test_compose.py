@@ -1,0 +1,122 @@
+"""Several methods at once: attention beside methods that enter by `attach`."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+import zoo
+
+import fastdiff
+from fastdiff.config import from_plan, make_methods, to_plan
+from fastdiff.method import REGISTRY, Method
+
+TRACES: list[str] = []
+
+
+@pytest.fixture
+def scaled():
+    """A token method that scales the denoiser's output, and can be told to fail."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Scaled(Method):
+        name: ClassVar[str] = "scaled"
+        summary: ClassVar[str] = "for tests"
+        kind: ClassVar[str] = "tokens"
+
+        factor: float = 0.5
+        density: float = 1.0
+        fails: bool = False
+        steps: list = field(default_factory=list)
+
+        def attach(self, host):
+            hooks = []
+
+            def after(module, args, output):
+                host.report.count("scaled", "calls")
+                return (output[0] * self.factor,)
+
+            for name, part in host.models.items():
+                hooks.append(part.model.register_forward_hook(after))
+                TRACES.append(f"{name} {part.family.name} {host.pipe is not None}")
+            if self.fails:
+                for hook in hooks:
+                    hook.remove()
+                raise ValueError("scaled cannot enter")
+            if self.steps:
+                host.fallback("the last step", "it is too short")
+            return lambda: [hook.remove() for hook in hooks]
+
+    TRACES.clear()
+    yield Scaled
+    del REGISTRY["scaled"]
+
+
+@pytest.fixture
+def wan():
+    return zoo.build("wan")
+
+
+SPARSE = {"min_tokens": 0, "dense_steps": 0, "tile": (1, 1, 2), "max_density": 1.0}
+
+
+def test_attention_and_another_method(wan, scaled):
+    twin = zoo.build("wan")
+    stock = zoo.call("wan", twin)
+    wan.enable_fastdiff("tile-sparse", scaled(), **{f"tile-sparse.{k}": v
+                                                    for k, v in SPARSE.items()})
+    both = zoo.call("wan", wan)
+    told = wan.fastdiff.report.summary()
+    assert told["sparse_calls"] > 0 and told["methods"]["scaled"]["calls"] == 4
+    assert "scaled: calls 4" in repr(wan.fastdiff) and TRACES == ["transformer Wan True"]
+    wan.enable_fastdiff(scaled(factor=1.0))
+    alone = zoo.call("wan", wan)
+    assert torch.equal(alone, stock) and not torch.equal(both, stock)
+    assert wan.fastdiff.policy is None and wan.fastdiff.report.summary()["layers"] == 0
+    wan.disable_fastdiff()
+    assert zoo.fingerprint(wan) == zoo.fingerprint(twin)
+    assert torch.equal(zoo.call("wan", wan), stock)
+
+
+def test_a_method_that_fails_leaves_the_pipeline_stock(wan, scaled):
+    twin = zoo.build("wan")
+    with pytest.raises(ValueError, match="cannot enter"):
+        wan.enable_fastdiff("tile-sparse", scaled(fails=True))
+    assert not wan.fastdiff.enabled
+    assert zoo.fingerprint(wan) == zoo.fingerprint(twin)
+
+
+def test_what_a_method_leaves_stock_is_told(wan, scaled):
+    wan.enable_fastdiff(scaled(steps=[1]))
+    assert "RUNS STOCK, 1 times: the last step: it is too short" in repr(wan.fastdiff)
+    with pytest.raises(RuntimeError, match="the last step would run stock"):
+        wan.enable_fastdiff(scaled(steps=[1]), strict=True)
+    assert not wan.fastdiff.enabled
+
+
+def test_options_find_their_method(scaled):
+    made = make_methods(["scaled", "tile-sparse"], {"factor": 2.0, "scaled.density": 0.5,
+                                                    "tile_sparse.density": 0.3})
+    assert [m.name for m in made] == ["tile-sparse", "scaled"]
+    assert made[0].density == 0.3 and made[1] == scaled(factor=2.0, density=0.5)
+    assert from_plan(to_plan(made)) == made
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"density": 0.5}, ["several methods", "tile-sparse.density or scaled.density"]),
+    ({"scaled.size": 1}, ["scaled has no option 'size'"]),
+    ({"vmoba.density": 1}, ["names a method that is not on", "tile-sparse, scaled"]),
+])
+def test_unclear_options_are_refused(scaled, options, words):
+    with pytest.raises(ValueError) as error:
+        make_methods(["tile-sparse", "scaled"], options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_each_method_once(scaled):
+    with pytest.raises(ValueError, match="each method once"):
+        make_methods([scaled(), "scaled"], {})
+
+
+def test_methods_are_exported():
+    assert fastdiff.Method is Method
