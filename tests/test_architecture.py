@@ -43,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
             "seam", "pipelines"},
     # the names that a user sees: attach at once, the rest when asked for
     "__init__": {"attach", "api", "method", "policies"},
-    "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report", "layout"},
+    "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report",
+            "layout"},
 }
 # who may import these, besides the standard library and torch
 MAY_IMPORT = {

@@ -98,7 +98,8 @@ def test_options_find_their_method(scaled):
     made = make_methods(["scaled", "tile-sparse"], {"factor": 2.0, "scaled.density": 0.5,
                                                     "tile_sparse.density": 0.3})
     assert [m.name for m in made] == ["tile-sparse", "scaled"]
-    assert made[0].density == 0.3 and made[1] == scaled(factor=2.0, density=0.5)
+    assert made[0] == fastdiff.TileSparse(density=0.3)
+    assert made[1] == scaled(factor=2.0, density=0.5)
     assert from_plan(to_plan(made)) == made
 
 

@@ -17,8 +17,8 @@ import zoo
 
 import fastdiff
 from fastdiff.attention import DenseFallbackError
-from fastdiff.policies import methods
 from fastdiff.method import REGISTRY
+from fastdiff.policies import methods
 from fastdiff.policies.tile_sparse import TileSparse
 
 

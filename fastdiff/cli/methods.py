@@ -43,10 +43,9 @@ def _method(cls: type) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else None
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def option_notes(doc: str) -> dict[str, str]:

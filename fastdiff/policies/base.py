@@ -1,7 +1,7 @@
 """Policy: the contract of a selection method, and the knobs that all of them share."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
