@@ -19,7 +19,7 @@ from fastdiff.kernels.block_pool import block_pool
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention, implementations
 from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.layout import Tiling, TokenLayout
-from fastdiff.policies.base import Context, Policy
+from fastdiff.policies.base import Context, Policy, Terms
 from fastdiff.report import LayerReport, Report
 
 logger = logging.getLogger("fastdiff")
@@ -237,7 +237,12 @@ class _Call:
     ) -> Tensor | None:
         session = self.layer.session
         policy = session.policy
-        tiles = policy.tiles(layout, self.query)
+        terms = Terms(key_mask, self.scale, session.impl)
+        attended = policy.attend(self.query, self.key, self.value, context, terms)
+        if attended is not None:
+            self._count(attended.density, attended.implementation)
+            return attended.output
+        tiles = policy.tiles(layout, self.query, context)
         q, k, v = (permute_tokens(x, tiles.order) for x in (self.query, self.key, self.value))
         chosen = self._selection(q, k, tiles, layout, context, branch)
         if chosen is None:
@@ -254,11 +259,17 @@ class _Call:
             block_q=tiles.block, block_k=tiles.block,
             key_mask=key_mask, tail=tail, scale=self.scale, impl=session.impl,
         )
-        stats = self.layer.stats(session)
-        stats.implementation = session.impl if session.impl != "auto" else _chosen(q)
         tail_flops = self.flops * tiles.blocks / layout.tokens if policy.tail else 0.0
-        stats.sparse(chosen.density, self.flops, tail_flops)
+        self._count(chosen.density, None, tail_flops)
         return permute_tokens(cast(Tensor, out), tiles.inverse)
+
+    def _count(
+        self, density: Tensor, implementation: str | None, tail_flops: float = 0.0
+    ) -> None:
+        impl = self.layer.session.impl
+        stats = self.layer.stats(self.layer.session)
+        stats.implementation = implementation or (impl if impl != "auto" else _chosen(self.query))
+        stats.sparse(density, self.flops, tail_flops)
 
     def _selection(
         self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context,

@@ -1,7 +1,7 @@
 """Policy: the contract of a selection method, and the knobs that all of them share."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -28,6 +28,25 @@ class Context:
     clock: StepClock
     layer: int
     seed: int = 0
+
+
+class Terms(NamedTuple):
+    """The rest of an attention call: bool [B, S] of the keys that count, scale, kernel to use."""
+
+    key_mask: Tensor | None = None
+    scale: float | None = None
+    impl: str = "auto"
+
+
+class Attended(NamedTuple):
+    """What `attend` computed: [B, S, H, D], and the kept fraction of pairs, 0-dim.
+
+    implementation: what computed it, None for the block-sparse kernel.
+    """
+
+    output: Tensor
+    density: Tensor
+    implementation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +101,16 @@ class Policy(Method):
         """Choose key blocks. query, key: [B, S, H, D] in tile order. None means dense."""
         raise NotImplementedError
 
-    def tiles(self, layout: TokenLayout, query: Tensor) -> Tiling:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, context: Context, terms: Terms
+    ) -> Attended | None:
+        """Compute attention without a BlockMask, where each token chooses for itself.
+
+        query, key, value: [B, S, H, D] in the order of the sequence. None: `select` decides.
+        """
+        return None
+
+    def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
         """The blocks of this sequence: tiles of 64 tokens, of 128 on a GPU for long sequences."""
         size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
         tile = self.tile or auto_tile(layout.grid, size)
