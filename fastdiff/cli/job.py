@@ -1,9 +1,10 @@
 """One call of `fastdiff generate`, from checks that need no weights to written files."""
 
 import math
-import shlex
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastdiff import models
@@ -40,7 +41,7 @@ class Job:
             raise InputError("nothing to make: give a PROMPT, or --from a sidecar")
         places, named_kind = output.places(self.out, len(prompts), self.overwrite)
         model = models.find(self.model or before.get("model") or models.FIRST)
-        settings = self._settings(before, model, named_kind)
+        settings = self.settings(model, before, named_kind)
         sampling.check_size(settings, model.defaults.multiple, model.defaults.frame_factor)
         if settings.kind == "video":
             output.check_ffmpeg()
@@ -48,8 +49,8 @@ class Job:
             found = sidecar.differences(before, model.sha256 if model.shipped else None)
             if found:
                 show.note(f"the result may differ from before: {'; '.join(found)}")
-        pipe = self._load(model, settings, show)
-        settings = self._fit(pipe, settings, before)
+        pipe = load(model, settings, show)
+        settings = fit(pipe, settings, self.typed)
         records: list[dict[str, Any]] = []
         used: set[Path] = set()
         for prompt, place in zip(prompts, places, strict=True):
@@ -57,10 +58,19 @@ class Job:
             records.append(_Run(self, pipe, model, settings, place, show, used).make())
         show.results(records)
 
-    def _settings(
-        self, before: dict[str, Any], model: models.Model, named: str | None
+    @property
+    def typed(self) -> set[str]:
+        """Names of the settings that were given a value."""
+        return {"size" if name in ("height", "width") else name for name in self.given}
+
+    def settings(
+        self, model: models.Model, before: Mapping[str, Any] = MappingProxyType({}),
+        named: str | None = None,
     ) -> Settings:
-        """Typed, else from the sidecar, else what the model makes best."""
+        """Typed, else from the sidecar `before`, else what the model makes best.
+
+        named: the kind that the output's name says.
+        """
         best = model.defaults
         kind = self._kind(before, best, named)
         same = self.model is None or self.model == before.get("model")
@@ -91,7 +101,7 @@ class Job:
         return Settings(**merged, model=model.name, kind=kind, plan=plan, device=device,
                         method=label or before.get("method") or "balanced")
 
-    def _kind(self, before: dict[str, Any], best: models.Defaults, named: str | None) -> str:
+    def _kind(self, before: Mapping[str, Any], best: models.Defaults, named: str | None) -> str:
         if self.kind and named and self.kind != named:
             raise InputError(f"--{self.kind} writes {output.SUFFIX[self.kind]} files, but the "
                              f"output is {str(self.out)!r}")
@@ -102,7 +112,7 @@ class Job:
             raise InputError("a picture has one frame: leave --frames out, or use --video")
         return kind
 
-    def _device(self, before: dict[str, Any]) -> str:
+    def _device(self, before: Mapping[str, Any]) -> str:
         if self.device is None and before:
             try:
                 return values.device(before["device"])
@@ -110,34 +120,55 @@ class Job:
                 return values.device("auto")
         return values.device(self.device or "auto")
 
-    def _load(self, model: models.Model, settings: Settings, show: Show) -> Any:
-        show.note(f"loading {model.name} ({settings.dtype} on {settings.device})")
-        hush()
-        at = "cpu" if settings.offload else settings.device
-        pipe = models.load(model, at, settings.dtype)
-        if settings.offload:
-            pipe.enable_model_cpu_offload(device=settings.device)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    def _fit(self, pipe: Any, settings: Settings, before: dict[str, Any]) -> Settings:
-        """What only the loaded pipeline knows: its kind, legal sizes, arguments."""
-        accepted = sampling.parameters(pipe)
-        if not settings.kind:
-            settings = replace(settings, kind="video" if "num_frames" in accepted else "image")
-            if settings.kind == "video":
-                output.check_ffmpeg()
-        if not settings.fps:
-            default = getattr(accepted.get("frame_rate"), "default", None)
-            fps = int(default) if isinstance(default, (int, float)) else FPS
-            settings = replace(settings, fps=fps)
-        typed = {"size" if name in ("height", "width") else name for name in self.given}
-        sampling.check_pipeline(pipe, settings, typed)
-        if "size" in typed and "use_resolution_binning" in accepted:
-            # a size that was asked for is made as asked
-            settings = replace(settings, call={**settings.call, "use_resolution_binning": False})
-        sampling.check_size(settings, *sampling.size_rules(pipe))
-        return settings
+def load(model: models.Model, settings: Settings, show: Show) -> Any:
+    """The pipeline that `settings` asks for, on its device, quiet."""
+    show.note(f"loading {model.name} ({settings.dtype} on {settings.device})")
+    hush()
+    at = "cpu" if settings.offload else settings.device
+    pipe = models.load(model, at, settings.dtype)
+    if settings.offload:
+        pipe.enable_model_cpu_offload(device=settings.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def fit(
+    pipe: Any, settings: Settings, typed: Set[str], supplied: Set[str] = frozenset()
+) -> Settings:
+    """What only the loaded pipeline knows: its kind, legal sizes, arguments.
+
+    typed: names of settings that were given a value. supplied: arguments of the pipeline's call
+    that come besides the settings.
+    """
+    accepted = sampling.parameters(pipe)
+    if not settings.kind:
+        settings = replace(settings, kind="video" if "num_frames" in accepted else "image")
+        if settings.kind == "video":
+            output.check_ffmpeg()
+    if not settings.fps:
+        default = getattr(accepted.get("frame_rate"), "default", None)
+        fps = int(default) if isinstance(default, (int, float)) else FPS
+        settings = replace(settings, fps=fps)
+    sampling.check_pipeline(pipe, settings, typed, supplied)
+    if "size" in typed and "use_resolution_binning" in accepted:
+        # a size that was asked for is made as asked
+        settings = replace(settings, call={**settings.call, "use_resolution_binning": False})
+    sampling.check_size(settings, *sampling.size_rules(pipe))
+    return settings
+
+
+def switch(pipe: Any, settings: Settings) -> None:
+    """Turn the pipeline to the methods of `settings`; stock for none."""
+    from fastdiff.api import disable, enable
+
+    if settings.plan is None:
+        disable(pipe)
+        return
+    try:
+        enable(pipe, plan=settings.plan, strict=settings.strict or None)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{error} (--method stock runs without FastDiff)") from error
 
 
 @dataclass(frozen=True)
@@ -154,7 +185,7 @@ class _Run:
 
     def make(self) -> dict[str, Any]:
         stock = self._stock() if self.job.compare else None
-        self._enable(self.settings.plan)
+        switch(self.pipe, self.settings)
         plan = self.settings.plan
         with self.show.steps(choice.title(plan)) as bar:
             result = sampling.sample(self.pipe, self.settings, bar)
@@ -162,7 +193,8 @@ class _Run:
         report = None if settings.plan is None else self.pipe.fastdiff.report.summary()
         path = self.place.path(settings.kind, settings.prompt, settings.seed, self.used)
         self.used.add(path)
-        record = self._record(path, result, report)
+        record = sidecar.record(path, settings, self.model, self.pipe, result.seconds, report,
+                                self.job.command_line)
         about = {**settings.to_dict(), "model_sha256": record["model_sha256"],
                  "versions": record["versions"]}
         if stock is not None:
@@ -173,26 +205,15 @@ class _Run:
         self.show.result(record, None if report is None else repr(self.pipe.fastdiff))
         return record
 
-    def _enable(self, plan: dict[str, Any] | None) -> None:
-        from fastdiff.api import disable, enable
-
-        if plan is None:
-            disable(self.pipe)
-            return
-        try:
-            enable(self.pipe, plan=plan, strict=self.settings.strict or None)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{error} (--method stock runs without FastDiff)") from error
-
     def _stock(self) -> sampling.Result:
         """The stock result; both ways have run two steps before a clock starts."""
         short = replace(self.settings, steps=2)
         accepted = sampling.parameters(self.pipe)
         latents = {"output_type": "latent"} if "output_type" in accepted else {}
         with self.show.steps("warm-up") as bar:
-            self._enable(_soon(self.settings.plan))
+            switch(self.pipe, replace(short, plan=_soon(short.plan)))
             sampling.sample(self.pipe, short, bar, **latents)
-            self._enable(None)
+            switch(self.pipe, replace(short, plan=None))
             sampling.sample(self.pipe, short, bar, **latents)
         with self.show.steps("stock") as bar:
             return sampling.sample(self.pipe, self.settings, bar)
@@ -215,22 +236,6 @@ class _Run:
             "stock_seconds": stock.seconds,
             "speedup": stock.seconds / fast.seconds,
             "psnr": None if math.isinf(near) else near,
-        }
-
-    def _record(
-        self, path: Path, result: sampling.Result, report: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """The sidecar."""
-        return {
-            "fastdiff_sidecar": sidecar.VERSION,
-            "file": path.name,
-            **result.settings.to_dict(),
-            "model_sha256": self.model.sha256 if self.model.shipped else None,
-            "pipeline": type(self.pipe).__name__,
-            "seconds": result.seconds,
-            "report": report,
-            "versions": sidecar.versions(),
-            "command_line": shlex.join(["fastdiff", *self.job.command_line]),
         }
 
 

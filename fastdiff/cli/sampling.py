@@ -4,7 +4,7 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,12 +61,21 @@ def size_rules(pipe: Any) -> tuple[int | None, int | None]:
     return multiple, temporal
 
 
-def check_pipeline(pipe: Any, settings: Settings, asked: set[str]) -> None:
-    """Refuse what this pipeline has no argument for. asked: names the user gave a value for."""
+def check_pipeline(
+    pipe: Any, settings: Settings, asked: Set[str], supplied: Set[str] = frozenset()
+) -> None:
+    """Refuse what this pipeline has no argument for.
+
+    asked: names the user gave a value for. supplied: arguments that come besides the settings.
+    """
     accepted = parameters(pipe)
     name = type(pipe).__name__
     needed = [p.name for p in accepted.values()
-              if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "prompt"]
+              if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+              and p.name not in ("prompt", *supplied)]
+    for argument in supplied:
+        if argument not in accepted:
+            raise InputError(f"{name} takes no {argument}")
     if "prompt" not in accepted or needed:
         raise InputError(f"{name} needs {' and '.join(needed) or 'no prompt'}: "
                          "fastdiff generate makes pictures and clips from text alone")
@@ -88,10 +97,43 @@ def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 def sample(pipe: Any, settings: Settings, on_step: OnStep, **changes: Any) -> Result:
     """Run once. changes: other arguments of the pipeline's call, for a warm-up."""
-    import numpy as np
+    arguments = {**_arguments(pipe, settings, on_step), **changes}
+    found, seconds = _call(pipe, settings, arguments)
+    if arguments["output_type"] == "latent":
+        return Result(None, seconds, settings)
+    return _result(pipe, settings, found[0], seconds)
+
+
+def sample_together(
+    pipe: Any, several: Sequence[Settings], on_step: OnStep, **changes: Any
+) -> list[Result | InputError]:
+    """Run several in one call, each with the noise of its own seed.
+
+    They differ in prompt, negative prompt and seed alone. seconds is each one's share. What came
+    out as NaN is an error in its place.
+    """
     import torch
 
-    arguments = {**_arguments(pipe, settings, on_step), **changes}
+    arguments = {**_arguments(pipe, several[0], on_step), **changes}
+    if len(several) > 1:
+        arguments["prompt"] = [one.prompt for one in several]
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in several]
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [one.negative for one in several]
+    found, seconds = _call(pipe, several[0], arguments)
+    results: list[Result | InputError] = []
+    for one, frames in zip(several, found, strict=True):
+        try:
+            results.append(_result(pipe, one, frames, seconds / len(several)))
+        except InputError as error:
+            results.append(error)
+    return results
+
+
+def _call(pipe: Any, settings: Settings, arguments: dict[str, Any]) -> tuple[Any, float]:
+    """What came out, one entry a prompt, and the seconds."""
+    import torch
+
     begin = time.perf_counter()
     try:
         output = pipe(**arguments)
@@ -104,9 +146,13 @@ def sample(pipe: Any, settings: Settings, on_step: OnStep, **changes: Any) -> Re
     found = getattr(output, "frames", None) if found is None else found
     if found is None:
         raise InputError(f"{type(pipe).__name__} returns neither images nor frames")
-    if arguments["output_type"] == "latent":
-        return Result(None, seconds, settings)
-    frames = np.asarray(found[0], dtype="float32")
+    return found, seconds
+
+
+def _result(pipe: Any, settings: Settings, found: Any, seconds: float) -> Result:
+    import numpy as np
+
+    frames = np.asarray(found, dtype="float32")
     frames = frames[None] if frames.ndim == 3 else frames
     if not np.isfinite(frames).all():
         raise InputError(f"the model produced NaN in {settings.dtype}, so nothing was written: "

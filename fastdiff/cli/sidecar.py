@@ -3,11 +3,14 @@
 import importlib.metadata
 import json
 import platform
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fastdiff.cli.errors import InputError
+from fastdiff.models import Model
 
 VERSION = 1
 
@@ -71,6 +74,24 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def record(
+    path: Path, settings: Settings, model: Model, pipe: Any, seconds: float,
+    report: dict[str, Any] | None, command_line: Sequence[str],
+) -> dict[str, Any]:
+    """The content of a sidecar. report: what attention did; None for stock."""
+    return {
+        "fastdiff_sidecar": VERSION,
+        "file": path.name,
+        **settings.to_dict(),
+        "model_sha256": model.sha256 if model.shipped else None,
+        "pipeline": type(pipe).__name__,
+        "seconds": seconds,
+        "report": report,
+        "versions": versions(),
+        "command_line": shlex.join(["fastdiff", *command_line]),
+    }
 
 
 def differences(before: dict[str, Any], sha256: str | None) -> list[str]:
