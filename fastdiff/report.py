@@ -47,6 +47,11 @@ class LayerReport:
         return float(torch.stack([d.float().cpu() for d in self._density]).mean())
 
     @property
+    def densities(self) -> list[float]:
+        """Realised density of each sparse call, in order."""
+        return [float(d) for d in self._density]
+
+    @property
     def flops(self) -> tuple[float, float]:
         """(computed, stock) floating-point operations of attention over all calls."""
         stock = self.dense_flops + sum(self._pairs)
