@@ -18,6 +18,7 @@ class StepClock:
     branch: str | None = None
     run: int = 0
     _begin: list = field(default_factory=list, repr=False)
+    _advance: list = field(default_factory=list, repr=False)
 
     def begin(self, steps: int) -> None:
         """A new run of `steps` steps starts."""
@@ -29,9 +30,14 @@ class StepClock:
     def advance(self) -> None:
         if self.step is not None:
             self.step += 1
+            for listener in self._advance:
+                listener()
 
     def on_begin(self, listener) -> None:
         self._begin.append(listener)
+
+    def on_advance(self, listener) -> None:
+        self._advance.append(listener)
 
     def __deepcopy__(self, memo: dict) -> "StepClock":
         # pipelines copy their scheduler for a second modality; the copy must not drive our clock

@@ -16,12 +16,17 @@ from fastdiff.shadow import DISPATCH, SDPA, restore_class, swap_class
 
 LAYER = "_fastdiff_layer"
 HOOK = "_fastdiff_hook"
+# on an attention module: what a token method does around its attention call,
+# (attend, query, key, value, mask) -> output, all [B, S, H, D]; attend(query, key, value, mask)
+# goes on to the policy or to stock attention
+STAGE = "_fastdiff_stage"
 
 
 class _Current(threading.local):
     """What the attention module that is running now told us."""
 
     layer: Layer | None = None
+    stage: Callable[..., Tensor] | None = None
     hidden: int = 0
     context: int = 0
 
@@ -77,6 +82,18 @@ def _refuse(layer: Layer, reason: str) -> None:
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
     """Stand-in for torch's function inside processors. query: [B, H, S, D]."""
+    stage = _current.stage
+    if stage is not None and query.dim() == 4 and not is_causal and not dropout_p:
+        def attend(q, k, v, mask):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return _sdpa_call(q, k, v, mask, 0.0, False, scale, **kwargs).transpose(1, 2)
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return stage(attend, q, k, v, attn_mask, scale).transpose(1, 2)
+    return _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, **kwargs)
+
+
+def _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, **kwargs):
     obstacle = _obstacle(dropout_p, is_causal, None)
     out = None
     if query.dim() == 4:
@@ -95,6 +112,20 @@ def _dispatch(
     enable_gqa=False, attention_kwargs=None, *, backend=None, parallel_config=None,
 ):
     """Stand-in for diffusers' dispatcher inside processors. query: [B, S, H, D]."""
+    stage = _current.stage
+    rest = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale,
+            "enable_gqa": enable_gqa, "attention_kwargs": attention_kwargs, "backend": backend,
+            "parallel_config": parallel_config}
+    if stage is not None and not is_causal and not dropout_p and parallel_config is None:
+        def attend(q, k, v, mask):
+            return _dispatch_call(q, k, v, mask, **rest)
+
+        return stage(attend, query, key, value, attn_mask, scale)
+    return _dispatch_call(query, key, value, attn_mask, **rest)
+
+
+def _dispatch_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                   attention_kwargs, backend, parallel_config):
     obstacle = _obstacle(dropout_p, is_causal, parallel_config)
     mask = attn_mask if isinstance(attn_mask, Tensor) else None
     if attn_mask is not mask:
@@ -151,12 +182,26 @@ def disarm(model: nn.Module) -> None:
             del hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
         module.__dict__.pop(LAYER, None)
+        module.__dict__.pop(STAGE, None)
     for _, module in attention_modules(model):
         restore_class(module.processor)
     # fuse_qkv_projections keeps the processors from before, and unfuse puts them back
     for processor in (getattr(model, "original_attn_processors", None) or {}).values():
         restore_class(processor)
-    _current.layer = None
+    _current.layer = _current.stage = None
+
+
+def entering(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Say that this attention module runs now: its layer, its stage, its sequence lengths."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    _current.layer = getattr(module, LAYER, None)
+    _current.stage = getattr(module, STAGE, None)
+    _current.hidden = 0 if hidden is None else hidden.shape[1]
+    _current.context = 0 if other is None else other.shape[1]
+    if not torch.compiler.is_compiling():
+        # fuse_qkv_projections, IP-Adapters and users replace processors
+        swap_class(module.processor, STAND_INS)
 
 
 class Denoiser:
@@ -230,14 +275,4 @@ class Denoiser:
         self.layers.append(layer)
         object.__setattr__(module, LAYER, layer)
 
-        def before_attention(module, args, kwargs):
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-            _current.layer = getattr(module, LAYER, None)
-            _current.hidden = 0 if hidden is None else hidden.shape[1]
-            _current.context = 0 if other is None else other.shape[1]
-            if not torch.compiler.is_compiling():
-                # fuse_qkv_projections, IP-Adapters and users replace processors
-                swap_class(module.processor, STAND_INS)
-
-        _hook(module, before_attention)
+        _hook(module, entering)
