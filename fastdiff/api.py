@@ -101,7 +101,9 @@ class Handle:
 
 
 def _told(method: Method) -> str:
-    shown = {k: v for k, v in method.to_dict().items() if k != "method" and v is not None}
+    # a plan's table is told in words, once a run begins
+    shown = {k: v for k, v in method.to_dict().items()
+             if k != "method" and v is not None and not isinstance(v, dict)}
     return f"{method.name} ({', '.join(f'{k}={v}' for k, v in shown.items())})"
 
 
@@ -174,8 +176,7 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
     pipe = None if isinstance(_unwrap(target), nn.Module) else target
     host = Host(pipe, models, session.clock, session.report, session.strict, session.stays_stock)
     for method in handle.methods:
-        if method is not session.chosen:
-            handle._detach.append(method.attach(host))
+        handle._detach.append(method.attach(host))
 
 
 def disable(target: Any) -> None:

@@ -212,10 +212,11 @@ class _Call:
         if problem is not None:
             session.fallback(layer, problem, self.flops)
             return self.dense()
-        why = session.policy.stays_dense(layout, self.query.device.type, context)
+        policy = session.policy.at(context)
+        why = policy.stays_dense(layout, self.query.device.type, context)
         if why is None:
             with _timed(stats, self.query):
-                out = self._sparse(layout, context, branch, key_mask)
+                out = self._sparse(policy, layout, context, branch, key_mask)
             if out is not None:
                 return out
             why = "the method chose dense"
@@ -233,10 +234,10 @@ class _Call:
         return "; ".join(f"{name}: {', '.join(usable[name])}" for name in names)
 
     def _sparse(
-        self, layout: TokenLayout, context: Context, branch: Any, key_mask: Tensor | None
+        self, policy: Policy, layout: TokenLayout, context: Context, branch: Any,
+        key_mask: Tensor | None,
     ) -> Tensor | None:
         session = self.layer.session
-        policy = session.policy
         terms = Terms(key_mask, self.scale, session.impl)
         attended = policy.attend(self.query, self.key, self.value, context, terms)
         if attended is not None:
@@ -244,7 +245,7 @@ class _Call:
             return attended.output
         tiles = policy.tiles(layout, self.query, context)
         q, k, v = (permute_tokens(x, tiles.order) for x in (self.query, self.key, self.value))
-        chosen = self._selection(q, k, tiles, layout, context, branch)
+        chosen = self._selection(policy, q, k, tiles, layout, context, branch)
         if chosen is None:
             return None
         if key_mask is not None:
@@ -272,10 +273,10 @@ class _Call:
         stats.sparse(density, self.flops, tail_flops)
 
     def _selection(
-        self, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout, context: Context,
-        branch: Any,
+        self, policy: Policy, q: Tensor, k: Tensor, tiles: Tiling, layout: TokenLayout,
+        context: Context, branch: Any,
     ) -> Selection | None:
-        policy, step = self.layer.session.policy, context.clock.step
+        step = context.clock.step
         place = (branch, layout, tuple(q.shape))
         if policy.reuse > 1 and step is not None and place in self.layer.masks:
             made, selection = self.layer.masks[place]

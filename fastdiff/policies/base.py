@@ -1,6 +1,7 @@
 """Policy: the contract of a selection method, and the knobs that all of them share."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch import Tensor
 from fastdiff.blockmask import BlockMask
 from fastdiff.clock import StepClock
 from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, tiling
-from fastdiff.method import Method
+from fastdiff.method import Host, Method
 from fastdiff.method import check as _check
+from fastdiff.policies.calibrated import Calibration
 
 # measured: docs/break-even.md
 MIN_TOKENS = {"cpu": 2048, "cuda": 12288}
@@ -65,6 +67,7 @@ class Policy(Method):
     min_tokens: shorter sequences stay dense; None takes the break-even of the device.
     max_density: above it the call stays dense; None takes the break-even of the device.
     seed: for methods that draw at random.
+    calibration: what `fastdiff calibrate` found; a plan sets it (docs/plans.md).
     """
 
     kind: ClassVar[str] = "attention"
@@ -79,8 +82,10 @@ class Policy(Method):
     min_tokens: int | None = None
     max_density: float | None = None
     seed: int = 0
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", Calibration.read(self.calibration))
         _check(0 < self.density <= 1, "density", self.density, "a number over 0, at most 1")
         fraction_ok = not isinstance(self.dense_steps, float) or self.dense_steps <= 1
         _check(self.dense_steps >= 0 and fraction_ok, "dense_steps", self.dense_steps,
@@ -94,6 +99,34 @@ class Policy(Method):
             _check(len(tile) == 3 and all(isinstance(n, int) and n >= 1 for n in tile),
                    "tile", self.tile, "three sizes of 1 or more: (frames, height, width)")
             object.__setattr__(self, "tile", tile)
+
+    def attach(self, host: Host) -> Callable[[], None]:
+        """The seam does the work; here a plan for another model or scheduler is refused."""
+        found = self.calibration
+        if found is not None:
+            found.check(host)
+
+            def tell() -> None:
+                host.report.tell(self.name, "calibrated for", found.title())
+                changed = found.steps_told(host.clock.steps)
+                if changed is not None:
+                    host.report.tell(self.name, "plan", changed)
+
+            host.clock.on_begin(tell)
+        return lambda: None
+
+    def at(self, context: Context) -> "Policy":
+        """This policy in one layer and step: with a plan's density, where a plan has one."""
+        found, index = self.calibration, context.layer
+        known = found is not None and index < len(found.layers) and found.layers[index] is not None
+        if found is None or not known:
+            return self
+        found.layer(index, None, context.layout.grid)
+        if found.density is None:
+            return self
+        heads = found.heads(index, context.clock)
+        mean = sum(heads) / len(heads) if isinstance(heads, (list, tuple)) else heads
+        return replace(self, density=mean)
 
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
