@@ -121,12 +121,14 @@ class Job:
         return values.device(self.device or "auto")
 
 
-def load(model: models.Model, settings: Settings, show: Show) -> Any:
+def load(
+    model: models.Model, settings: Settings, show: Show, safetensors: bool = False
+) -> Any:
     """The pipeline that `settings` asks for, on its device, quiet."""
     show.note(f"loading {model.name} ({settings.dtype} on {settings.device})")
     hush()
     at = "cpu" if settings.offload else settings.device
-    pipe = models.load(model, at, settings.dtype)
+    pipe = models.load(model, at, settings.dtype, safetensors)
     if settings.offload:
         pipe.enable_model_cpu_offload(device=settings.device)
     pipe.set_progress_bar_config(disable=True)
@@ -211,7 +213,7 @@ class _Run:
         accepted = sampling.parameters(self.pipe)
         latents = {"output_type": "latent"} if "output_type" in accepted else {}
         with self.show.steps("warm-up") as bar:
-            switch(self.pipe, replace(short, plan=_soon(short.plan)))
+            switch(self.pipe, replace(short, plan=soon(short.plan)))
             sampling.sample(self.pipe, short, bar, **latents)
             switch(self.pipe, replace(short, plan=None))
             sampling.sample(self.pipe, short, bar, **latents)
@@ -239,7 +241,7 @@ class _Run:
         }
 
 
-def _soon(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+def soon(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     """The plan without dense steps at the start, so that two steps warm up what it runs."""
     if plan is None:
         return None

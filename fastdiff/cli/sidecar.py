@@ -49,17 +49,23 @@ class Settings:
 def read(path: Path) -> dict[str, Any]:
     """The content of a sidecar."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise InputError(f"the sidecar {str(path)!r} does not exist") from None
+
+
+def parse(text: str | bytes, name: str) -> dict[str, Any]:
+    """The content of a sidecar from its text. name: for the errors."""
+    try:
+        content = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError(f"{str(path)!r} is not JSON; --from takes the .json beside a result"
+        raise InputError(f"{name!r} is not JSON; --from takes the .json beside a result"
                          ) from None
     if not isinstance(content, dict) or content.get("fastdiff_sidecar") != VERSION:
-        raise InputError(f"{str(path)!r} is not a sidecar of fastdiff generate")
+        raise InputError(f"{name!r} is not a sidecar of fastdiff generate")
     missing = [f.name for f in fields(Settings) if f.name not in content]
     if missing:
-        raise InputError(f"the sidecar {str(path)!r} lacks {', '.join(missing)}")
+        raise InputError(f"the sidecar {name!r} lacks {', '.join(missing)}")
     return content
 
 

@@ -120,10 +120,13 @@ def defaults(name: str | Path) -> Defaults:
     return find(name).defaults
 
 
-def load(name: str | Path | Model, device: str = "cpu", dtype: Any = None) -> Any:
+def load(
+    name: str | Path | Model, device: str = "cpu", dtype: Any = None, safetensors: bool = False
+) -> Any:
     """The pipeline of a shipped name, a folder or a hub id, on `device`.
 
     dtype: a torch dtype or its name; None is bfloat16 on a GPU and float32 on a CPU.
+    safetensors: refuse weights in any other form, because unpickling may run code.
     """
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -132,7 +135,7 @@ def load(name: str | Path | Model, device: str = "cpu", dtype: Any = None) -> An
     if dtype is None:
         dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    settings = {_dtype_argument(): dtype}
+    settings = {_dtype_argument(): dtype, **({"use_safetensors": True} if safetensors else {})}
     if model.folder is not None:
         pipe = DiffusionPipeline.from_pretrained(model.folder, local_files_only=True, **settings)
         return pipe.to(device)

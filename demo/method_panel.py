@@ -1,0 +1,174 @@
+"""The method panel: one field for every knob of every registered method, with its documentation."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from fastdiff.cli import values
+from fastdiff.cli.errors import InputError
+from fastdiff.cli.methods import option_notes
+from fastdiff.config import DEFAULT, PRESETS, make_methods, methods, to_plan
+from fastdiff.method import KINDS, Method
+
+STOCK = "stock"
+_KIND_TITLES = {"attention": "Attention (one)", "tokens": "Tokens", "sampling": "Sampling (one)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A field of a method's dataclass: what it is called, may hold, and means."""
+
+    method: str
+    name: str
+    hint: Any
+    default: Any
+    about: str
+
+    @property
+    def flag(self) -> bool:
+        return self.hint is bool
+
+    def shown(self, value: Any) -> Any:
+        """A value as its field shows it."""
+        if self.flag:
+            return bool(value)
+        if value is None:
+            return "auto"
+        return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+    def read(self, shown: Any) -> Any:
+        """The value of a field, or an InputError that says what is accepted."""
+        if self.flag:
+            return bool(shown)
+        text = "" if shown is None else str(shown).strip()
+        if len(text) > 200:
+            raise InputError(f"{self.method}: the value of {self.name} is too long")
+        if text == "" or text == self.shown(self.default):
+            return self.default
+        try:
+            return values.typed(self.name, text, self.hint)
+        except InputError as error:
+            raise InputError(f"{self.method}: {error}") from None
+        except (TypeError, ValueError):
+            raise InputError(f"{self.method}: {self.name}={text!r} is not possible") from None
+
+
+def knobs(cls: type[Method]) -> list[Knob]:
+    """The knobs of a method; documentation from the docstrings of the class and its parents."""
+    notes: dict[str, str] = {}
+    for parent in reversed(cls.__mro__):
+        notes.update(option_notes(parent.__doc__ or ""))
+    hints = typing.get_type_hints(cls)
+    best = cls()
+    return [Knob(cls.name, field.name, hints[field.name], getattr(best, field.name),
+                 notes.get(field.name, "")) for field in dataclasses.fields(cls)]
+
+
+def about(cls: type[Method]) -> str:
+    """The method's documentation without its list of knobs, as Markdown."""
+    paragraphs = inspect.cleandoc(cls.__doc__ or cls.summary).split("\n\n")
+    return "\n\n".join(part for part in paragraphs if not option_notes(part.partition("\n")[0]))
+
+
+def plan_of(names: Sequence[str], shown: Mapping[tuple[str, str], Any]) -> dict[str, Any] | None:
+    """The plan of the chosen methods; None when none is chosen.
+
+    shown: values of fields by (method, knob), as the page sent them.
+    """
+    known = methods()
+    made = []
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown method {name!r}: accepted are {', '.join(known)}")
+        given = {knob.name: knob.read(shown[name, knob.name]) for knob in knobs(known[name])
+                 if (name, knob.name) in shown}
+        made += make_methods([name], {f"{name}.{knob}": value for knob, value in given.items()})
+    return to_plan(make_methods(made, {})) if made else None
+
+
+class MethodPanel:
+    """The components. `inputs` go to an event; `plan` reads what they sent."""
+
+    def __init__(self, preset: str = DEFAULT) -> None:
+        self._known = methods()
+        self._knobs = {(knob.method, knob.name): knob
+                       for cls in self._known.values() for knob in knobs(cls)}
+        start = make_methods([preset], {})
+        on = [method.name for method in start]
+        self.preset = gr.Radio([STOCK, *PRESETS], value=preset, label="Preset", elem_id="preset")
+        self._picks: dict[str, gr.CheckboxGroup] = {}
+        for kind in KINDS:
+            names = [name for name, cls in self._known.items() if cls.kind == kind]
+            if names:
+                self._picks[kind] = gr.CheckboxGroup(
+                    names, value=[name for name in on if name in names],
+                    label=_KIND_TITLES[kind], elem_id=f"pick-{kind}")
+        self._fields: dict[tuple[str, str], Any] = {}
+        self._homes: dict[str, gr.Accordion] = {}
+        given = {method.name: method.to_dict() for method in start}
+        for name, cls in self._known.items():
+            with gr.Accordion(name, open=False, visible=name in on,
+                              elem_id=f"method-{name}") as self._homes[name]:
+                gr.Markdown(about(cls), elem_classes="fd-about")
+                for knob in knobs(cls):
+                    value = given.get(name, {}).get(knob.name, knob.default)
+                    self._fields[name, knob.name] = _field(knob, value)
+        self._connect()
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self._picks.values(), *self._fields.values()]
+
+    def plan(self, sent: Sequence[Any]) -> dict[str, Any] | None:
+        """The plan in the values of `inputs`, in their order."""
+        picks = sent[:len(self._picks)]
+        names = [name for pick in picks for name in (pick or [])]
+        if not all(isinstance(name, str) for name in names):
+            raise InputError("methods are chosen by name")
+        return plan_of(names, dict(zip(self._fields, sent[len(self._picks):], strict=True)))
+
+    def show(self, plan: dict[str, Any] | None) -> dict[Any, Any]:
+        """Updates that fill the panel in with a plan."""
+        entries = {entry["method"]: entry for entry in (plan or {}).get("methods", [])}
+        found: dict[Any, Any] = {}
+        for kind, pick in self._picks.items():
+            found[pick] = [n for n in entries if n in self._known and self._known[n].kind == kind]
+        for name, home in self._homes.items():
+            found[home] = gr.Accordion(visible=name in entries)
+        for (name, knob), field in self._fields.items():
+            if knob in entries.get(name, {}):
+                found[field] = self._knobs[name, knob].shown(entries[name][knob])
+        return found
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `show` may change."""
+        return [*self._picks.values(), *self._homes.values(), *self._fields.values()]
+
+    def _connect(self) -> None:
+        def by_preset(preset: str) -> dict[Any, Any]:
+            plan = None if preset == STOCK else to_plan(make_methods([preset], {}))
+            return self.show(plan)
+
+        def by_pick(*picks: list[str] | None) -> dict[Any, Any]:
+            on = {name for pick in picks for name in (pick or [])}
+            return {home: gr.Accordion(visible=name in on) for name, home in self._homes.items()}
+
+        self.preset.input(by_preset, [self.preset], self.outputs, show_progress="hidden",
+                          api_visibility="private")
+        picks = list(self._picks.values())
+        for pick in picks:
+            pick.input(by_pick, picks, list(self._homes.values()), show_progress="hidden",
+                       api_visibility="private")
+
+
+def _field(knob: Knob, value: Any) -> Any:
+    label = f"{knob.method}.{knob.name}"
+    if knob.flag:
+        return gr.Checkbox(bool(value), label=knob.name, info=knob.about, elem_id=f"knob-{label}")
+    return gr.Textbox(knob.shown(value), label=knob.name, info=knob.about, max_lines=1,
+                      elem_id=f"knob-{label}")

@@ -1,0 +1,137 @@
+"""Shelf: the files of finished results, each visitor's own, bounded, in a private folder."""
+
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdiff.cli import output, sidecar
+from fastdiff.demo import likeness
+from fastdiff.demo.render import Made, Renderer
+from fastdiff.demo.wish import Wish
+
+PREFIX = "fastdiff-demo-"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished result. files: paths by what they show: fast, stock, difference, settings.
+
+    facts: figures of the comparison; None where there is no stock result.
+    """
+
+    key: str
+    user: str
+    wish: Wish
+    files: dict[str, Path]
+    record: dict[str, Any]
+    facts: dict[str, Any] | None
+    table: dict[str, Any] | None
+    told: str
+    made: float = field(default_factory=time.time)
+
+
+class Shelf:
+    """Keeps the last `most` results; the oldest one's files are deleted first."""
+
+    def __init__(self, most: int) -> None:
+        sweep()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        self._most = most
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def put(self, user: str, made: Made, renderer: Renderer) -> Entry:
+        """Write the files of a result, with the settings inside."""
+        key = secrets.token_urlsafe(12)
+        folder = self.folder / key
+        folder.mkdir(mode=0o700)
+        try:
+            entry = _write(folder, key, user, made, renderer)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with self._lock:
+            self._entries[key] = entry
+            old = [self._entries.popitem(last=False)[1]
+                   for _ in range(len(self._entries) - self._most)]
+        for entry_out in old:
+            shutil.rmtree(self.folder / entry_out.key, ignore_errors=True)
+        return entry
+
+    def of(self, user: str) -> list[Entry]:
+        """The results of a visitor, the last one first."""
+        with self._lock:
+            return [entry for entry in reversed(self._entries.values()) if entry.user == user]
+
+    def forget(self, user: str) -> None:
+        """Delete the results of a visitor who has left."""
+        for entry in self.of(user):
+            with self._lock:
+                self._entries.pop(entry.key, None)
+            shutil.rmtree(self.folder / entry.key, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write(folder: Path, key: str, user: str, made: Made, renderer: Renderer) -> Entry:
+    settings = made.settings
+    suffix = output.SUFFIX[settings.kind]
+    stem = f"{output.slug(settings.prompt)}-seed{settings.seed}"
+    files = {"fast": folder / f"{stem}{suffix}", "settings": folder / f"{stem}{suffix}.json"}
+    record = sidecar.record(files["fast"], settings, renderer.model, renderer.pipe,
+                            made.fast.seconds, made.report, ["demo"])
+    about = {**settings.to_dict(), "model_sha256": record["model_sha256"],
+             "versions": record["versions"]}
+    facts = None
+    if made.stock is not None:
+        map_, top = likeness.difference(made.stock.frames, made.fast.frames)
+        facts = _facts(made, top)
+        record["compare"] = facts
+        files["stock"] = folder / f"{stem}-stock{suffix}"
+        files["difference"] = folder / f"{stem}-difference{suffix}"
+        output.write(files["stock"], made.stock.frames, settings.fps,
+                     {**about, "method": "stock", "plan": None})
+        output.write(files["difference"], map_, settings.fps, about)
+    output.write(files["fast"], made.fast.frames, settings.fps, about)
+    output.write_json(files["settings"], record)
+    return Entry(key, user, made.wish, files, record, facts, made.table, made.told)
+
+
+def _facts(made: Made, top: float) -> dict[str, Any]:
+    assert made.stock is not None
+    near = output.psnr(made.stock.frames, made.fast.frames)
+    return {
+        "stock_seconds": made.stock.seconds,
+        "speedup": made.stock.seconds / made.fast.seconds,
+        "psnr": None if near == float("inf") else near,
+        "ssim": likeness.ssim(made.stock.frames, made.fast.frames),
+        "difference_white": top,
+    }
+
+
+def sweep() -> None:
+    """Delete folders of demos that were killed: same owner, process gone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        number = folder.name.removeprefix(PREFIX).partition("-")[0]
+        ours = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        if ours and number.isdecimal() and not Path(f"/proc/{number}").exists() and _gone(number):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _gone(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
