@@ -14,7 +14,7 @@ from .captions import COLOURS, DATA, MOTIONS, OBJECTS, Scene, held_out
 SPRITE = 160
 MIPS = (160, 112, 80)
 PATTERN_WEIGHTS = (0.52, 0.16, 0.16, 0.16)
-BOUNCES = 2
+BOUNCES = 1.5
 _COLOUR_TABLES: dict[torch.device, Tensor] = {}
 
 
@@ -53,26 +53,40 @@ def concat(batches: list[Batch]) -> Batch:
     return Batch(*(torch.cat([getattr(b, f.name) for b in batches]) for f in fields(Batch)))
 
 
-def _tight(image: Image.Image) -> Image.Image:
-    """The sprite cut to its visible square with a small margin, so that sizes mean the same."""
+def _tight(image: Image.Image, edge: int) -> tuple[Image.Image, float]:
+    """The sprite cut to its visible square with a small margin, so that sizes mean the same.
+
+    Returns it at `edge` pixels with the factor it was enlarged by.
+    """
     left, top, right, bottom = image.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox()
-    edge = max(right - left, bottom - top) + 6
-    x, y = (left + right - edge) // 2, (top + bottom - edge) // 2
-    return image.crop((x, y, x + edge, y + edge)).resize((SPRITE, SPRITE), Image.LANCZOS)
+    own = max(right - left, bottom - top) + 6
+    x, y = (left + right - own) // 2, (top + bottom - own) // 2
+    cut = image.crop((x, y, x + own, y + own))
+    return cut.resize((edge, edge), Image.Resampling.LANCZOS), edge / own
 
 
-def load_sprites(device: torch.device | str) -> Tensor:
-    """Premultiplied sprites [mips, objects, 4, 160, 160]; later mips are blurred."""
+def _crisp(sprite: Tensor, enlarged: float) -> Tensor:
+    """A premultiplied sprite [4, E, E] whose outline is as sharp as before it was enlarged."""
+    alpha = sprite[3:]
+    colour = sprite[:3] / alpha.clamp_min(1e-3)
+    alpha = ((alpha - 0.5) * max(1.0, 0.8 * enlarged) + 0.5).clamp(0, 1)
+    return torch.cat([(colour * alpha).clamp(0, 1), alpha])
+
+
+def load_sprites(device: torch.device | str, edge: int = SPRITE) -> Tensor:
+    """Premultiplied sprites [mips, objects, 4, edge, edge]; later mips are blurred."""
     rows = []
     for row in OBJECTS:
-        image = _tight(Image.open(DATA / "sprites" / row["file"]).convert("RGBA"))
-        rows.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+        path = DATA / "sprites" / row["file"]
+        image, enlarged = _tight(Image.open(path).convert("RGBA"), edge)
+        sprite = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        sprite = torch.cat([sprite[:3] * sprite[3:], sprite[3:]])
+        rows.append(_crisp(sprite, enlarged) if edge > SPRITE else sprite)
     sprites = torch.stack(rows)
-    sprites = torch.cat([sprites[:, :3] * sprites[:, 3:], sprites[:, 3:]], 1)
     levels = [sprites]
-    for edge in MIPS[1:]:
-        small = F.interpolate(sprites, size=edge, mode="area")
-        levels.append(F.interpolate(small, size=SPRITE, mode="bilinear", align_corners=False))
+    for small in MIPS[1:]:
+        low = F.interpolate(sprites, size=round(edge * small / SPRITE), mode="area")
+        levels.append(F.interpolate(low, size=edge, mode="bilinear", align_corners=False))
     return torch.stack(levels).to(device)
 
 
@@ -111,8 +125,9 @@ def _track(
     elif motion == "moving up":
         y = 1 - start - travel * phase
     elif motion == "bouncing":
+        # from the top, at most 9 pixels a frame at 256: four frames share one latent frame
         floor = 0.97 - half
-        y = floor - rng.uniform(0.28, 0.38) * np.abs(np.sin(np.pi * BOUNCES * phase))
+        y = floor - rng.uniform(0.22, 0.30) * np.abs(np.cos(np.pi * BOUNCES * phase))
     elif motion == "spinning":
         angle = tilt + 2 * np.pi * phase
     elif motion == "growing":
@@ -181,7 +196,8 @@ def render(batch: Batch, sprites: Tensor, edge: int, alpha_only: bool = False) -
     batch = batch.to(device)
     x, y, size, angle = batch.x, batch.y, batch.size, batch.angle
     b, frames = x.shape
-    level = (torch.where(size.amax(1) * edge < 70, 2, 1)).where(size.amax(1) * edge < 115, 0)
+    ratio = size.amax(1) * edge / sprites.shape[-1]
+    level = (torch.where(ratio < 0.44, 2, 1)).where(ratio < 0.72, 0)
     inputs = sprites[level, batch.obj]
     axis = (torch.arange(edge, device=device) + 0.5) / edge
     dx = (axis[None, None, None, :] - x[:, :, None, None]) * (2 / size)[:, :, None, None]

@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from .text import TOKENS
+from .times import draw_sigmas
 
 PADDED_LENGTHS = (32, 32, 32, 64, 128, 226, 512, 512)
 """Padded prompt lengths seen in training, drawn per caption."""
@@ -170,14 +171,14 @@ def flow_loss(
     lengths: Tensor,
     shift: float,
     dtype: torch.dtype,
+    tail: float = 0.0,
 ) -> Tensor:
-    """Flow-matching loss: x_s = (1 - s) x + s noise, target noise - x, logit-normal shifted s."""
+    """Flow-matching loss: x_s = (1 - s) x + s noise, target noise - x, s by `draw_sigmas`."""
     b = latents.shape[0]
     device = latents.device
     x = latents.float()
     noise = torch.randn_like(x)
-    sigma = torch.sigmoid(torch.randn(b, device=device))
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    sigma = draw_sigmas(b, shift, tail, device)
     s = sigma.view(-1, 1, 1, 1, 1)
     if device not in _LENGTH_TABLES:
         _LENGTH_TABLES[device] = torch.tensor(PADDED_LENGTHS, device=device)

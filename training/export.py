@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from .state import State
+from .state import State, folder_sizes
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
@@ -48,13 +48,7 @@ def export(state: State, folder: Path) -> dict[str, float]:
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    sizes = {
-        path.name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6
-        for path in sorted(folder.iterdir())
-        if path.is_dir()
-    }
-    sizes["total"] = sum(sizes.values())
-    return {name: round(size, 3) for name, size in sizes.items()}
+    return folder_sizes(folder)
 
 
 def main() -> None:

@@ -50,13 +50,16 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, list(updates.unbind(0)), alpha=-lr * 0.2 * edge**0.5)
 
 
+def _is_layer_matrix(name: str, p: Tensor) -> bool:
+    """Whether Muon takes it: matrices within layers, but not those that make modulations."""
+    return "blocks." in name and p.ndim == 2 and "norm" not in name
+
+
 class Optimizer:
     """Both optimisers of the denoiser behind one `step(scale)`."""
 
     def __init__(self, model: nn.Module, config: dict):
-        matrices = [
-            p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
-        ]
+        matrices = [p for n, p in model.named_parameters() if _is_layer_matrix(n, p)]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [

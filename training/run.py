@@ -136,7 +136,8 @@ def preview(run: Run) -> list[Image.Image]:
         images.append(strips(torch.stack(pair), 5, config["edge"], ["original", "autoencoder"]))
     kinds = [("pictures", 24)] + ([("clips", 6)] if state.stage("clips")["steps"] else [])
     for kind, n in kinds:
-        if state.stage("pictures")["steps"] == 0:
+        pictures = state.stage("pictures")
+        if pictures["steps"] == 0 and not pictures["done"]:
             break
         frames = config["clip_frames"] if kind == "clips" else 1
         scenes = held_out_scenes(n, kind == "clips")

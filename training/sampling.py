@@ -24,7 +24,7 @@ def held_out_scenes(n: int, clip: bool, seed: int = 1234) -> list[Scene]:
     rng.shuffle(pairs)
     scenes = []
     for i in range(n):
-        drawn = random_scene(rng, clip, place_share=0.25)
+        drawn = random_scene(rng, clip, place_share=1.0 if clip else 0.25)
         obj, colour = pairs[i % len(pairs)]
         motion = None if not clip else i % 8
         place = drawn.place if motion is None or motion >= 5 else None
@@ -100,11 +100,11 @@ def judge(classifier: torch.nn.Module, video: Tensor, scenes: list[Scene]) -> di
             (out["object"].argmax(-1) == obj[:, None]).float().mean().item()
         )
         figures |= _judge_motion(out["centre"], scenes)
-    else:
-        placed = [i for i, s in enumerate(scenes) if s.place is not None]
-        if placed:
-            hits = [_in_place(out["centre"][i, 0], scenes[i].place) for i in placed]
-            figures["place"] = sum(hits) / len(hits)
+    placed = [i for i, s in enumerate(scenes) if s.place is not None]
+    if placed:
+        centres = out["centre"].mean(1)
+        figures["placed"] = len(placed)
+        figures["place"] = sum(_in_place(centres[i], scenes[i].place) for i in placed) / len(placed)
     return figures
 
 

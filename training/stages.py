@@ -78,11 +78,11 @@ class Run:
         return self.banks[kind]
 
 
-def _cosine(progress: float, steps: int, warm: int = 100) -> float:
+def cosine(progress: float, steps: int, warm: int = 100) -> float:
     return min(1.0, (steps + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _run_stage(
+def run_stage(
     run: Run, name: str, step: Callable[[float], dict[str, Tensor]], seconds: float, reserve: float
 ) -> None:
     """Spend what the stage has left of `seconds`; its record says whether it came to its end."""
@@ -124,7 +124,7 @@ def train_text(run: Run, reserve: float) -> None:
         loss = text_loss(logits, {k: v[index] for k, v in labels.items()})
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = config["lr"] * _cosine(progress, count)
+        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count += 1
@@ -132,7 +132,7 @@ def train_text(run: Run, reserve: float) -> None:
             right = (logits["object"].argmax(1) == labels["object"][index]).float().mean()
         return {"loss": loss.detach(), "object": right}
 
-    _run_stage(run, "text", step, config["seconds"], reserve)
+    run_stage(run, "text", step, config["seconds"], reserve)
     state.text.requires_grad_(False)
 
 
@@ -160,7 +160,7 @@ def train_autoencoder(run: Run, reserve: float) -> None:
             loss, error = autoencoder_loss(run.codec, video, config["kl"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
-        optimizer.param_groups[0]["lr"] = config["lr"] * _cosine(progress, count, 200)
+        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 200)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count += 1
@@ -168,7 +168,7 @@ def train_autoencoder(run: Run, reserve: float) -> None:
         psnr = -10 * torch.log10(error / 4)
         return {f"{kind}_loss": loss.detach(), f"{kind}_psnr": psnr}
 
-    _run_stage(run, "autoencoder", step, config["seconds"], reserve)
+    run_stage(run, "autoencoder", step, config["seconds"], reserve)
     measure_latents(run)
 
 
@@ -200,14 +200,14 @@ def train_decoder(run: Run, reserve: float) -> None:
             loss = reconstruction_loss(frames, video)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
-        optimizer.param_groups[0]["lr"] = config["lr"] * _cosine(progress, count, 50)
+        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 50)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count += 1
         error = torch.nn.functional.mse_loss(frames.detach().float().clamp(-1, 1), video)
         return {f"{kind}_loss": loss.detach(), f"{kind}_psnr": -10 * torch.log10(error / 4)}
 
-    _run_stage(run, "decoder", step, config["seconds"], reserve)
+    run_stage(run, "decoder", step, config["seconds"], reserve)
     measure_latents(run, keep=True)
 
 
@@ -265,14 +265,14 @@ def train_classifier(run: Run, reserve: float) -> None:
         loss = classifier_loss(out, scenes)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = config["lr"] * _cosine(progress, count)
+        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count += 1
         right = (out["object"].argmax(1) == scenes.obj).float().mean()
         return {"loss": loss.detach(), "object": right}
 
-    _run_stage(run, "classifier", step, config["seconds"], reserve)
+    run_stage(run, "classifier", step, config["seconds"], reserve)
     model.eval().requires_grad_(False)
     check_classifier(run, look)
 
@@ -295,8 +295,13 @@ def check_classifier(run: Run, look: Callable[[Batch], Tensor]) -> None:
 
 def _denoiser_step(run: Run, kind: str, batch: int, scale: float) -> Tensor:
     state = run.state
+    config = state.config[kind]
     loss = flow_loss(
-        run.lean, *run.bank(kind).sample(batch), state.config[kind]["shift"], run.dtype
+        run.lean,
+        *run.bank(kind).sample(batch),
+        config["shift"],
+        run.dtype,
+        config.get("tail", 0.0),
     )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.denoiser.parameters(), 1.0)
@@ -328,7 +333,7 @@ def train_pictures(run: Run, reserve: float, limit: float | None = None) -> None
     goal = seconds
     every = run.state.config["evaluation"]["check_every"]
     while stage["spent"] < goal - 0.5 and run.log.left() > reserve + 1:
-        _run_stage(run, "pictures", step, min(goal, stage["spent"] + every), reserve)
+        run_stage(run, "pictures", step, min(goal, stage["spent"] + every), reserve)
         quick_check(run, "pictures")
     stage["done"] = stage["spent"] >= goal - 0.5
 
@@ -356,7 +361,7 @@ def train_clips(run: Run, reserve: float, last: bool) -> None:
         batch = config["batch"] if kind == "clips" else pictures["batch"]
         return {f"{kind}_loss": _denoiser_step(run, kind, batch, scale)}
 
-    _run_stage(run, "clips", step, seconds, reserve)
+    run_stage(run, "clips", step, seconds, reserve)
 
 
 def quick_check(run: Run, kind: str) -> None:

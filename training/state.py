@@ -21,6 +21,17 @@ from .text import build_text_encoder, build_tokenizer, wrap_tokenizer
 PART_BYTES = int(14.5 * 2**20)
 
 
+def folder_sizes(folder: Path) -> dict[str, float]:
+    """Megabytes of the parts of a pipeline folder and in all."""
+    sizes = {
+        path.name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6
+        for path in sorted(folder.iterdir())
+        if path.is_dir()
+    }
+    sizes["total"] = sum(sizes.values())
+    return {name: round(size, 3) for name, size in sizes.items()}
+
+
 class State:
     """The modules on one device plus `record`: stages done, figures, latent statistics."""
 

@@ -1,0 +1,81 @@
+"""Encoded pictures of one size on the device, renewed in a ring, for `tiny-image`."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from .data import Batch, render
+from .image_models import CHANNELS, encode_prompts
+from .image_state import ImageState
+from .progress import synchronise
+from .scenes import SceneSource
+from .text import EOS, TOKENS
+
+
+class ImageBank:
+    """Latents [N, 16, E / 8, E / 8] of E x E pictures with their captions' ids and outputs."""
+
+    def __init__(
+        self, edge: int, config: dict, state: ImageState, source: SceneSource, sprites: Tensor
+    ):
+        self.edge, self.state, self.source, self.sprites = edge, state, source, sprites
+        self.batch, self.capacity = config["encode_batch"], config["bank"]
+        self.filled = self.cursor = 0
+        device, text, cells = state.device, state.config["text"], edge // 8
+        kind = {"device": device, "dtype": torch.bfloat16}
+        self.latents = torch.empty(self.capacity, CHANNELS, cells, cells, **kind)
+        self.hidden = torch.empty(self.capacity, TOKENS, text["dim"], **kind)
+        self.pooled = torch.empty(self.capacity, text["pooled_dim"], **kind)
+        self.ids = torch.zeros(self.capacity, TOKENS, dtype=torch.int64, device=device)
+        self.empty_ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+        self.empty_ids[0, 0] = EOS
+        with torch.no_grad():
+            self.empty = encode_prompts(state.text, state.clip, self.empty_ids)
+        self.rest: tuple[Batch, Tensor] | None = None
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Render and encode the next scenes of the source into the ring."""
+        if self.rest is None or len(self.rest[0]) < self.batch:
+            self.rest = self.source.next("pictures", self.state.device)
+        scenes, ids = self.rest
+        self.rest = (scenes[self.batch :], ids[self.batch :])
+        scenes, ids = scenes[: self.batch], ids[: self.batch]
+        start = min(self.cursor, self.capacity - self.batch)
+        rows = slice(start, start + self.batch)
+        device = self.state.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            frames = render(scenes, self.sprites, self.edge)[:, 0]
+            vae = self.state.vae
+            moments = vae.quant_conv(vae.encoder(frames))
+        self.latents[rows] = moments[:, :CHANNELS].to(torch.bfloat16)
+        hidden, pooled = encode_prompts(self.state.text, self.state.clip, ids)
+        self.ids[rows] = ids
+        self.hidden[rows], self.pooled[rows] = hidden.bfloat16(), pooled.bfloat16()
+        self.filled = max(self.filled, start + self.batch)
+        self.cursor = (start + self.batch) % self.capacity
+
+    def fill(self, seconds: float) -> None:
+        """Renew until full or out of time."""
+        end = time.monotonic() + seconds
+        while self.filled < self.capacity:
+            self.renew()
+            if (self.cursor // self.batch) % 8 == 0:
+                synchronise(self.state.device)
+                if time.monotonic() >= end:
+                    break
+
+    @torch.no_grad()
+    def sample(self, n: int, padded: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, token outputs and pooled vectors; one caption in ten is the empty one."""
+        device = self.latents.device
+        index = torch.randint(self.filled, (n,), device=device)
+        drop = torch.rand(n, device=device) < 0.1
+        if padded != TOKENS:
+            ids = torch.where(drop[:, None], self.empty_ids, self.ids[index])
+            hidden, pooled = encode_prompts(self.state.text, self.state.clip, ids, padded)
+            return self.latents[index], hidden, pooled
+        hidden = torch.where(drop[:, None, None], self.empty[0], self.hidden[index].float())
+        pooled = torch.where(drop[:, None], self.empty[1], self.pooled[index].float())
+        return self.latents[index], hidden, pooled
