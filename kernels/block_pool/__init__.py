@@ -7,6 +7,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from .backward import differentiable
+
 __all__ = ["block_pool"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
@@ -20,7 +22,7 @@ def block_pool(
     x: [B, S, H, D], any strides, D contiguous. offsets: int32 [N + 1], from 0 to S, not falling.
     block: upper bound of the block lengths. mask: bool [B, S]; a False token is left out.
     returns: mean [B, H, N, D] in x's dtype, summed in float32; weight float32 [B, N]. A block
-        without a valid token has mean 0 and weight 0.
+        without a valid token has mean 0 and weight 0. The mean is differentiable in x.
     """
     if x.ndim != 4:
         raise ValueError(f"x must be [B, S, H, D], got {tuple(x.shape)}")
@@ -44,4 +46,6 @@ def block_pool(
     module = import_module(IMPLEMENTATIONS[impl], __name__)
     if reasons := module.not_supported_reasons(x):
         raise ValueError(f"{impl} cannot pool {x.dtype} on {x.device}: {', '.join(reasons)}")
+    if x.requires_grad and torch.is_grad_enabled() and impl != "reference":
+        return differentiable(module, x, offsets, block, mask)
     return module.run(x, offsets, block=block, mask=mask)

@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import backward
+
 __all__ = ["block_sparse_attention", "implementations", "probe"]
 
 Tail = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,6 +53,7 @@ def block_sparse_attention(
         denominator, float32 [B, H, Sq]. A query with no key at all gets zeros and -inf.
 
     The values of indices, counts and offsets are trusted: reading them would stall the device.
+    Differentiable in query, key, value and the tail's means, also through LSE; once, not twice.
     """
     _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail)
     if block_q < 1 or block_k < 1:
@@ -60,7 +63,9 @@ def block_sparse_attention(
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     module = _choose(impl, query.device, query.dtype, query.shape[-1])
-    output, lse = module.run(
+    wanted = backward.wanted(query, key, value, tail)
+    run = backward.differentiable(module) if wanted else module.run
+    output, lse = run(
         query,
         key,
         value,
@@ -141,8 +146,6 @@ def _check(query, key, value, indices, counts, query_offsets, key_offsets, key_m
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.stride(-1) != 1 and D > 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, strides {x.stride()}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires grad, and there is no backward yet")
     NQ, NK = query_offsets.numel() - 1, key_offsets.numel() - 1
     _expect("counts", counts, (B, H, NQ), torch.int32, query)
     _expect("indices", indices, (B, H, NQ, indices.shape[-1]), torch.int32, query)

@@ -40,7 +40,8 @@ def run(
     visible = kept[:, :, query_block][..., key_block]
     if key_mask is not None:
         visible = visible & key_mask[:, None, None]
-        v = v.masked_fill(~key_mask[:, None, :, None], 0)
+        # what is masked may be NaN, which a product carries into sums and gradients
+        k, v = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (k, v))
     scores = q @ k.mT * scale
     scores = scores.masked_fill(~visible, -torch.inf)
 
@@ -51,7 +52,8 @@ def run(
             x.to(precision).repeat_interleave(groups, 1) for x in (key_mean, value_mean)
         )
         pooled = q @ k_mean.mT * scale + weight.to(precision).log()[:, None, None]
-        pooled = pooled.masked_fill(keep[:, :, query_block], -torch.inf)
+        absent = keep | (weight == 0)[:, None, None]
+        pooled = pooled.masked_fill(absent[:, :, query_block], -torch.inf)
         scores = torch.cat((scores, pooled), -1)
         v = torch.cat((v, v_mean), -2)
 

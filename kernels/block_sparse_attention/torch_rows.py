@@ -128,6 +128,15 @@ class Rows:
             table[:, :, Skv : Skv + mean.shape[2]] = mean
         return table.view(-1, self.granule * D)
 
+    def from_table(self, table: Tensor, like: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """The inverse of `table`: [B, Skv, Hk, D] and, of `blocks` means, [B, Hk, blocks, D]."""
+        B, Skv, Hk, D = like.shape
+        table = table.view(B, Hk, -1, D)
+        x = table[:, :, :Skv].transpose(1, 2)
+        if self.front is not None:
+            x = torch.empty_like(x).index_put_(self.front, x)
+        return x, table[:, :, Skv : Skv + blocks]
+
     def batches(self) -> Iterator[Batch]:
         """The work in order; rows without keys or queries never appear."""
         device = self.order.device
