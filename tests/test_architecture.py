@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "policies": {"clock", "layout", "blockmask", "kernels", "method"},
     "attention": {"clock", "layout", "blockmask", "report", "kernels", "policies"},
     "seam": {"shadow", "layout", "attention"},
-    "pipelines": {"clock", "layout", "method", "seam"},
+    "pipelines": {"clock", "layout", "method", "scheduler", "seam"},
     # presets and plans turn names into methods; finds their files by name
     "config": {"method"},
     "api": {"clock", "report", "method", "policies", "config", "scheduler", "shadow", "attention",
@@ -45,17 +45,19 @@ ARROWS: dict[str, set[str]] = {
     "__init__": {"attach", "api", "method", "policies"},
     "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report",
             "layout"},
+    # many jobs, with the steps of generate; the command line finds it by name
+    "batch": {"__init__", "config", "models", "cli"},
 }
 # who may import these, besides the standard library and torch
 MAY_IMPORT = {
-    "diffusers": {"shadow", "seam", "pipelines", "models", "api", "cli"},
+    "diffusers": {"shadow", "seam", "pipelines", "models", "api", "cli", "batch"},
     "transformers": {"pipelines", "models", "cli"},
     "triton": {"kernels"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "typer": {"cli", "batch"},
+    "rich": {"cli", "batch"},
     "imageio": {"cli"},
     "imageio_ffmpeg": {"cli"},
-    "PIL": {"cli"},
+    "PIL": {"cli", "batch"},
     "numpy": {"cli", "report"},
 }
 HEAVY = ("torch", "diffusers", "transformers", "triton")

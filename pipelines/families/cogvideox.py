@@ -1,9 +1,11 @@
 """CogVideoX and ConsisID: latents [B, T, C, H, W], joint attention, text before the grid."""
 
+from typing import Any
+
 from torch import nn
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family, text_tokens
+from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging, text_tokens
 
 
 def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
@@ -13,8 +15,29 @@ def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
     return TokenLayout(grid, before=text_tokens(arguments))
 
 
+def rebind(pipe: Any, size: Size, arguments: Arguments) -> dict[str, Any]:
+    if arguments.get("image_rotary_emb") is None:
+        return {}
+    latents = arguments["hidden_states"]
+    return {"image_rotary_emb": pipe._prepare_rotary_positional_embeddings(
+        size.height, size.width, latents.shape[1], latents.device)}
+
+
+def trained(model: Any) -> int:
+    """1.0 at 480 x 720, 1.5 (which cuts time into patches too) at 768 x 1360."""
+    return 480 * 720 if model.config.patch_size_t is None else 768 * 1360
+
+
 FAMILY = Family(
     name="CogVideoX",
     denoisers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     read=read,
+    staging=Staging(
+        pipelines=("CogVideoXPipeline",),
+        cell=lambda pipe: pipe.vae_scale_factor_spatial,
+        unit=lambda model: model.config.patch_size,
+        trained=trained,
+        others="its loop joins the latents with a condition of the full size",
+        rebind=rebind,
+    ),
 )

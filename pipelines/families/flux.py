@@ -1,9 +1,11 @@
 """Flux and Chroma: packed latents, text before the grid, the grid known to `img_ids` only."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family, text_tokens
+from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging, text_tokens
 
 
 def read(model: nn.Module, arguments: Arguments) -> TokenLayout | tuple[TokenLayout, Tensor]:
@@ -16,6 +18,36 @@ def read(model: nn.Module, arguments: Arguments) -> TokenLayout | tuple[TokenLay
     return layout, ids[0] if ids.ndim == 3 else ids
 
 
+def unpack(model: nn.Module, latents: Tensor, size: Size) -> Tensor:
+    """[B, S, 4 C], each token a square of 2 x 2 cells, to [B, C, rows, columns]."""
+    cells = latents.unflatten(2, (-1, 2, 2)).unflatten(1, (size.rows // 2, size.columns // 2))
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def pack(model: nn.Module, latents: Tensor, size: Size) -> Tensor:
+    cells = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)
+
+
+def rebind(pipe: Any, size: Size, arguments: Arguments) -> dict[str, Any]:
+    ids = arguments["img_ids"]
+    return {"img_ids": pipe._prepare_latent_image_ids(
+        1, size.rows // 2, size.columns // 2, ids.device, ids.dtype)}
+
+
 FAMILY = Family(
-    name="Flux", denoisers=("FluxTransformer2DModel", "ChromaTransformer2DModel"), read=read
+    name="Flux",
+    denoisers=("FluxTransformer2DModel", "ChromaTransformer2DModel"),
+    read=read,
+    staging=Staging(
+        pipelines=("FluxPipeline",),
+        cell=lambda pipe: pipe.vae_scale_factor,
+        unit=lambda model: 2,
+        whole=True,
+        trained=lambda model: 512 * 512,
+        others="its loop joins the latents with a condition of the full size, or was not examined",
+        unpack=unpack,
+        pack=pack,
+        rebind=rebind,
+    ),
 )

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family, text_tokens
+from fastdiff.pipelines.families.base import Arguments, Family, Staging, text_tokens
 
 
 def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
@@ -13,4 +13,16 @@ def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
     return TokenLayout(grid, after=text_tokens(arguments))
 
 
-FAMILY = Family(name="HunyuanVideo", denoisers=("HunyuanVideoTransformer3DModel",), read=read)
+FAMILY = Family(
+    name="HunyuanVideo",
+    denoisers=("HunyuanVideoTransformer3DModel",),
+    read=read,
+    staging=Staging(
+        pipelines=("HunyuanVideoPipeline",),
+        cell=lambda pipe: pipe.vae_scale_factor_spatial,
+        unit=lambda model: model.config.patch_size,
+        # its authors trained at 256p, 360p, 540p and 720p in turn
+        trained=lambda model: 360 * 640,
+        others="its loop joins the latents with a condition of the full size",
+    ),
+)

@@ -1,9 +1,11 @@
 """PixArt (alpha, Sigma) and DiT: latents [B, C, H, W], no text in the grid."""
 
+from typing import Any
+
 from torch import nn
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family
+from fastdiff.pipelines.families.base import Arguments, Family, Staging
 
 
 def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
@@ -12,6 +14,19 @@ def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
     return TokenLayout((1, height // p, width // p))
 
 
+def trained(model: Any) -> int:
+    """Each checkpoint was tuned from the one of half its size."""
+    return (model.config.sample_size * 8 // 2) ** 2
+
+
 FAMILY = Family(
-    name="PixArt", denoisers=("PixArtTransformer2DModel", "DiTTransformer2DModel"), read=read
+    name="PixArt",
+    denoisers=("PixArtTransformer2DModel", "DiTTransformer2DModel"),
+    read=read,
+    staging=Staging(
+        pipelines=("PixArtSigmaPipeline",),
+        cell=lambda pipe: pipe.vae_scale_factor,
+        unit=lambda model: model.config.patch_size,
+        trained=trained,
+    ),
 )

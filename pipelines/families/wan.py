@@ -1,9 +1,11 @@
 """Wan 2.1, 2.2, VACE and SkyReels V2: latents [B, C, T, H, W], text by cross-attention."""
 
+from typing import Any
+
 from torch import nn
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family
+from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging
 
 
 def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
@@ -12,9 +14,36 @@ def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
     return TokenLayout((frames // t, height // h, width // w))
 
 
+# by attention heads: 1.3B and 14B from 480p on, 2.2 5B at 720p
+_TRAINED = {12: 480 * 832, 40: 480 * 832, 24: 704 * 1280}
+
+
+def trained(model: Any) -> int | None:
+    return _TRAINED.get(model.config.num_attention_heads)
+
+
+def rebind(pipe: Any, size: Size, arguments: Arguments) -> dict[str, Any]:
+    """2.2 5B is told the timestep of every token; without a condition they are all the same."""
+    timestep = arguments["timestep"]
+    if timestep.ndim < 2:
+        return {}
+    patch = pipe.transformer.config.patch_size
+    frames = arguments["hidden_states"].shape[2] // patch[0]
+    tokens = frames * (size.rows // patch[1]) * (size.columns // patch[2])
+    return {"timestep": timestep[:, :1].expand(-1, tokens)}
+
+
 FAMILY = Family(
     name="Wan",
     denoisers=("WanTransformer3DModel", "WanVACETransformer3DModel",
                "SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel"),
     read=read,
+    staging=Staging(
+        pipelines=("WanPipeline",),
+        cell=lambda pipe: pipe.vae_scale_factor_spatial,
+        unit=lambda model: model.config.patch_size[-1],
+        trained=trained,
+        others="its loop joins the latents with a condition of the full size",
+        rebind=rebind,
+    ),
 )

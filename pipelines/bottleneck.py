@@ -1,0 +1,279 @@
+"""Bottleneck sampling: high, low and high resolution in turn inside any call of a pipeline."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastdiff.method import Host, Method, check
+from fastdiff.pipelines.families.base import Size, Staging
+from fastdiff.pipelines.staged.call import arguments_changed, attributes, wrap_call
+from fastdiff.pipelines.staged.noise import kind_of
+from fastdiff.pipelines.staged.run import Leg, Run, Way
+from fastdiff.pipelines.staged.schedule import own_copy
+from fastdiff.pipelines.staged.stages import (
+    PRESETS,
+    TRANSITIONS,
+    Preset,
+    Stage,
+    check_stages,
+    read_stages,
+    spans,
+)
+from fastdiff.pipelines.staged.stand_in import stand_in
+from fastdiff.pipelines.staged.transition import RESIZES
+from fastdiff.scheduler import CLOCK, arm_scheduler, armed
+
+__all__ = ["BottleneckSampling", "Stage"]
+
+NOISES = ("fresh", "correlated")
+# arguments of a call that bring a schedule of their own
+_OWN_SCHEDULES = ("timesteps", "sigmas", "denoising_end")
+
+
+@dataclass(frozen=True)
+class BottleneckSampling(Method):
+    """Run the middle of the schedule at a lower resolution (arXiv 2503.18940).
+
+    Most steps run where they cost a fraction; the first steps at full size set the layout, the
+    last ones make the detail. Nothing is trained. The result is another picture than stock's.
+
+    preset: stages under a name: balanced, fast or video; balanced where no stages are given.
+    stages: a list of Stage(scale, steps, sigma_start, shift), or words such as
+        "1:8, 0.5:16:0.93, 1:12:0.85"; used exactly as they are.
+    transition: what a stage ends with. restart steps to a clean latent, resizes it and adds noise
+        up to sigma_start again; continue does so from the last step's clean estimate, straight to
+        the next sigma_start; matched-noise resizes the noisy latent so that its noise stays white,
+        for scales that are whole multiples. None takes the preset's, else restart.
+    resize: bicubic, bilinear, area or nearest, for clean latents.
+    noise: fresh is drawn from the call's generator; correlated is the call's first noise at the
+        stage's size, which keeps a seed's picture nearer to stock.
+    force: allow a stage smaller than the model was trained at.
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    summary: ClassVar[str] = "steps at high, low and high resolution in turn, for any budget"
+    kind: ClassVar[str] = "sampling"
+
+    preset: str | None = None
+    stages: tuple[Stage, ...] | str | None = None
+    transition: str | None = None
+    resize: str = "bicubic"
+    noise: str = "fresh"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stages is None and self.preset is None:
+            object.__setattr__(self, "preset", "balanced")
+        if self.stages is not None and self.preset is not None:
+            raise ValueError("give either stages or a preset, not both")
+        if self.stages is not None:
+            object.__setattr__(self, "stages", read_stages(self.stages))
+        for knob, accepted in (("preset", PRESETS), ("transition", TRANSITIONS),
+                               ("resize", RESIZES), ("noise", NOISES)):
+            value = getattr(self, knob)
+            fits = value in accepted or (value is None and knob in ("preset", "transition"))
+            check(fits, knob, value, " or ".join(accepted))
+        chosen = self.chosen
+        check_stages(chosen.stages, chosen.transition)
+        if self.noise == "correlated":
+            check(chosen.stages[0].scale == 1, "noise", self.noise,
+                  "fresh, where the first stage is smaller than the picture")
+            check(chosen.transition != "matched-noise", "noise", self.noise,
+                  "fresh with matched-noise, which keeps the noise that is there")
+
+    @property
+    def chosen(self) -> Preset:
+        """The stages and their transition, as given or as the preset has them."""
+        if self.preset is None:
+            assert isinstance(self.stages, tuple)
+            return Preset(self.stages, self.transition or "restart", low=())
+        preset = PRESETS[self.preset]
+        return Preset(preset.stages, self.transition or preset.transition, preset.low)
+
+    def attach(self, host: Host) -> Callable[[], None]:
+        staging = _staging(host)
+        _check_scheduler(host.pipe.scheduler, self.chosen)
+        names = list(host.models)
+
+        @contextmanager
+        def around(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
+            models = {name: getattr(pipe, name) for name in names
+                      if getattr(pipe, name, None) is not None}
+            run = _Start(self, host, staging, pipe, models).run(asked)
+            with ExitStack() as stack:
+                stack.enter_context(_entered(pipe, run, models))
+                yield
+
+        return wrap_call(host.pipe, around)
+
+
+@contextmanager
+def _entered(pipe: Any, run: Run, models: dict[str, nn.Module]) -> Iterator[None]:
+    """For the time of one call: the stand-in scheduler, the sizes, the bar, the hooks."""
+    bar, prepare = pipe.progress_bar, pipe.prepare_latents
+    scheduler = stand_in(run.scheduler, run)
+    object.__setattr__(scheduler, CLOCK, run.clock)
+    shown = {
+        "scheduler": scheduler,
+        "progress_bar": lambda *a, **k: run.watch_bar(bar(*a, **k)),
+        "prepare_latents": lambda *a, **k: run.prepare_latents(prepare, a, k),
+    }
+    with ExitStack() as stack:
+        stack.enter_context(attributes(pipe, **shown))
+        if run.staging.rebind is not None and len(run.legs) > 1:
+            for model in models.values():
+                def change(arguments: dict[str, Any], model: nn.Module = model) -> dict[str, Any]:
+                    return run.rebind(model, arguments)
+
+                stack.enter_context(arguments_changed(model, change))
+        yield
+
+
+@dataclass
+class _Start:
+    """What is decided when a call begins."""
+
+    method: BottleneckSampling
+    host: Host
+    staging: Staging
+    pipe: Any
+    models: dict[str, nn.Module]
+
+    @property
+    def model(self) -> nn.Module:
+        return next(part.model for part in self.host.models.values())
+
+    def run(self, asked: dict[str, Any]) -> Run:
+        chosen = self.method.chosen
+        scheduler = self.pipe.scheduler
+        if not armed(scheduler):
+            # replaced since enable
+            arm_scheduler(scheduler, self.host.clock)
+        flow = _check_scheduler(scheduler, chosen) == "flow"
+        stages = chosen.stages
+        if self.method.preset is not None and not flow:
+            # the presets' shifts are those of flow matching
+            stages = tuple(Stage(s.scale, s.steps, s.sigma_start) for s in stages)
+        steps = asked["num_inference_steps"]
+        asked_spans = spans(stages, chosen.transition, steps)
+        own = (len(stages) == 1 and asked_spans[0].native and asked_spans[0].steps == steps)
+        given = [name for name in _OWN_SCHEDULES if asked.get(name) is not None]
+        if given and not own:
+            raise ValueError(f"{given[0]}= brings a schedule of its own, and so do stages: leave "
+                             f"{given[0]} out, or disable_fastdiff()")
+        if not own:
+            asked["num_inference_steps"] = sum(span.steps for span in asked_spans)
+        legs = [Leg(stage, span, own_copy(scheduler))
+                for stage, span in zip(stages, asked_spans, strict=True)]
+        self.asked_steps = steps
+        models = {name: part.model for name, part in self.host.models.items()}
+        way = Way(chosen.transition, self.method.resize, self.method.noise)
+        return Run(self.pipe, models, self.staging, legs, way, asked.get("generator"),
+                   self.host.clock, lambda h, w: self.sizes(legs, h, w), self.tell, own)
+
+    def sizes(self, legs: list[Leg], height: int, width: int) -> list[Size]:
+        """The sizes of all stages; a ValueError where one is not possible or not wise."""
+        preset = self.method.chosen
+        if preset.low and not self.method.force:
+            self._raise_low(legs, preset.low, height, width)
+        found = [self._size(leg.stage.scale, height, width) for leg in legs]
+        for leg, size in zip(legs, found, strict=True):
+            if leg.stage.scale != 1 and not self.method.force:
+                self._check_trained(leg.stage.scale, size, height, width)
+        if preset.transition == "matched-noise":
+            _check_whole(found)
+        return found
+
+    def _raise_low(
+        self, legs: list[Leg], low: tuple[float, ...], height: int, width: int
+    ) -> None:
+        """Give a preset's low stages the first of its scales that the model was trained at."""
+        for scale in low:
+            size = self._size(scale, height, width)
+            if self._trained() <= size.height * size.width:
+                break
+        for leg in legs:
+            if leg.stage.scale != 1:
+                leg.stage = Stage(scale, leg.stage.steps, leg.stage.sigma_start, leg.stage.shift)
+
+    def _size(self, scale: float, height: int, width: int) -> Size:
+        cell, unit = self.staging.cell(self.pipe), self.staging.unit(self.model)
+        if scale != 1:
+            step = cell * unit
+            height, width = (max(1, round(scale * side / step)) * step for side in (height, width))
+        whole = unit if self.staging.whole else 1
+        return Size(height, width, *(side // (cell * whole) * whole for side in (height, width)))
+
+    def _trained(self) -> int:
+        return self.staging.trained(self.model) or 0
+
+    def _check_trained(self, scale: float, size: Size, height: int, width: int) -> None:
+        least = self._trained()
+        if size.height * size.width >= least:
+            return
+        nearest = (least / (height * width)) ** 0.5
+        advice = (f"use a scale of {nearest:.2f} or more" if nearest < 1
+                  else "use a larger picture, or fewer steps instead of stages")
+        raise ValueError(
+            f"scale={scale:g} of {height}x{width} is {size.height}x{size.width}, smaller than "
+            f"{type(self.model).__name__} was trained at ({least} pixels): {advice}; force=True "
+            "does it anyway")
+
+    def tell(self, run: Run) -> None:
+        def say(what: str, value: str) -> None:
+            self.host.report.tell(self.method.name, what, value)
+
+        work = 0.0
+        full = run.legs[-1].size
+        for number, leg in enumerate(run.legs, 1):
+            assert leg.size is not None and full is not None
+            work += leg.steps * leg.size.rows * leg.size.columns / (full.rows * full.columns)
+            shift = "own" if leg.span.shift is None else f"{leg.span.shift:g}"
+            say(f"stage {number}", f"{leg.size.height}x{leg.size.width}, {leg.steps} steps, noise "
+                f"{leg.span.start:.3f} to {leg.span.end:.3f}, shift {shift}")
+        if len(run.legs) > 1:
+            say("transition", f"{run.way.transition}, {run.way.resize}, {run.way.noise} noise")
+        if self.staging.trained(self.model) is None:
+            say("smallest trained size", "not known for these weights, so not checked")
+        say("latent cells computed", f"{work / self.asked_steps:.2f} of a stock call of "
+            f"{self.asked_steps} steps")
+
+
+def _staging(host: Host) -> Staging:
+    """The family's data for this pipeline; a ValueError says why there is none."""
+    pipe = host.pipe
+    if pipe is None or not hasattr(pipe, "prepare_latents"):
+        what = "a bare model" if pipe is None else type(pipe).__name__
+        raise ValueError(f"bottleneck works inside the call of a diffusers pipeline, not of {what}")
+    part = next(iter(host.models.values()))
+    staging = part.family.staging
+    if staging is None:
+        raise ValueError(f"bottleneck does not know how {type(part.model).__name__} "
+                         f"({part.family.name}) changes size")
+    if not {cls.__name__ for cls in type(pipe).__mro__} & {*staging.pipelines}:
+        raise ValueError(f"bottleneck cannot run in {type(pipe).__name__}: {staging.others}. "
+                         f"Accepted of this family: {', '.join(staging.pipelines)}")
+    return staging
+
+
+def _check_scheduler(scheduler: Any, chosen: Preset) -> str:
+    kind = kind_of(scheduler)
+    if kind == "strided" and chosen.transition == "matched-noise":
+        raise ValueError(f"matched-noise needs exact noise levels, and {type(scheduler).__name__} "
+                         "steps by a fixed stride: use restart or continue, or a scheduler with "
+                         "sigmas such as DPMSolverMultistepScheduler")
+    return kind
+
+
+def _check_whole(sizes: list[Size]) -> None:
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        small, large = sorted((before, after), key=lambda size: size.rows)
+        factors = (large.rows / small.rows, large.columns / small.columns)
+        if factors[0] != factors[1] or factors[0] % 1:
+            raise ValueError(
+                f"matched-noise needs sides that are whole multiples, got {before.height}x"
+                f"{before.width} and {after.height}x{after.width} after rounding: use a size that "
+                "the scale divides, or transition=restart")

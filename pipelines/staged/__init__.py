@@ -1,0 +1,1 @@
+"""Sampling in stages of several sizes: schedules, transitions, and one running call."""
