@@ -1,4 +1,4 @@
-"""The command line: `fastdiff generate`, `models`, `methods`, `doctor`. Heavy imports are lazy."""
+"""The command line: `fastdiff generate`, `batch`, `models` ... Heavy imports are lazy."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastdiff.cli import doctor, errors, generate, methods, models
+from fastdiff.cli import batch, doctor, errors, generate, methods, models
 
 
 class Commands(TyperGroup):
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Pictures and clips from text with diffusers, made faster by sparse attention.",
 )
 app.command("generate")(generate.generate)
+app.command("batch")(batch.batch)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

@@ -44,21 +44,21 @@ class Place:
 def places(output: Path | None, prompts: int, overwrite: bool) -> tuple[list[Place], str | None]:
     """A place for each prompt, and the kind if the file name says it. Checks that it can write."""
     if output is None or output.is_dir():
-        return [Place(_writable(output or Path()), overwrite=overwrite)] * prompts, None
+        return [Place(writable(output or Path()), overwrite=overwrite)] * prompts, None
     kinds = {suffix: kind for kind, suffix in SUFFIX.items()}
     kind = kinds.get(output.suffix.lower())
     if prompts > 1 or str(output).endswith(os.sep):
         if kind is not None:
             raise InputError(f"{str(output)!r} is one file, but there are {prompts} prompts: "
                              "give a folder")
-        _writable(output.parent)
+        writable(output.parent)
         output.mkdir(exist_ok=True)
-        return [Place(_writable(output), overwrite=overwrite)] * prompts, None
+        return [Place(writable(output), overwrite=overwrite)] * prompts, None
     if output.suffix and kind is None:
         raise InputError(f"cannot write {output.suffix!r} files: accepted are "
                          f"{' and '.join(kinds)}")
     stem = output.stem if kind else output.name
-    return [Place(_writable(output.parent), stem, overwrite)], kind
+    return [Place(writable(output.parent), stem, overwrite)], kind
 
 
 def slug(prompt: str, length: int = 48) -> str:
@@ -77,7 +77,8 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _writable(folder: Path) -> Path:
+def writable(folder: Path) -> Path:
+    """The folder, if a file can be made in it; an InputError that says why not."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise InputError(f"the folder {str(folder)!r} {what}")
