@@ -44,7 +44,7 @@ def _dense(layer: LayerReport) -> int:
 
 
 _LEFT, _TOP, _BOTTOM = 132, 22, 40
-_EMPTY = "<p class='fd-note'>No attention call went through FastDiff in this run.</p>"
+NONE = "<p class='fd-note'>No attention call went through FastDiff in this run.</p>"
 
 
 def chart(table: dict[str, Any]) -> str:
@@ -52,7 +52,7 @@ def chart(table: dict[str, Any]) -> str:
     rows = table["density"]
     steps = max((len(row) for row in rows), default=0)
     if not steps:
-        return _EMPTY
+        return NONE
     wide = max(8, min(34, 640 // steps))
     high = max(6, min(22, 420 // len(rows)))
     width, height = _LEFT + wide * steps + 12, _TOP + high * len(rows) + _BOTTOM

@@ -15,7 +15,7 @@ SIDE = 256
 
 
 class Preview:
-    """Learns the matrix of one model; draws PNGs."""
+    """Learns the matrix of one model; draws JPEGs."""
 
     def __init__(self) -> None:
         self._matrix: Tensor | None = None
@@ -57,8 +57,8 @@ class Preview:
         ridge = 1e-3 * len(x) * torch.eye(channels + 1)
         self._matrix = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
 
-    def png(self, latents: Tensor) -> bytes | None:
-        """The middle frame as a PNG; None where the latents' form is not known."""
+    def picture(self, latents: Tensor) -> bytes | None:
+        """The middle frame as a JPEG; None where the latents' form is not known."""
         grid = _grid(latents)
         if grid is None or self._matrix is None or len(grid) != len(self._matrix) - 1:
             return None
@@ -69,7 +69,7 @@ class Preview:
         if scale > 1:
             size = [round(side * scale) for side in colour.shape[1:]]
             colour = F.interpolate(colour[None], size, mode="bicubic")[0].clamp(0, 1)
-        return _png((colour * 255).round().byte().permute(1, 2, 0).numpy())
+        return _jpeg((colour * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def _grid(latents: Tensor) -> Tensor | None:
@@ -80,9 +80,9 @@ def _grid(latents: Tensor) -> Tensor | None:
     return first if first.dim() == 4 else None
 
 
-def _png(pixels: Any) -> bytes:
+def _jpeg(pixels: Any) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
+    Image.fromarray(pixels).save(file, format="JPEG", quality=85)
     return file.getvalue()

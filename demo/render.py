@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdiff import models
-from fastdiff.api import disable
+from fastdiff.api import disable, find_denoisers
 from fastdiff.cli import choice, job, sampling
 from fastdiff.cli.show import Show
 from fastdiff.cli.sidecar import Settings
@@ -47,6 +47,8 @@ class Renderer:
         self._job = job.Job([], model=name, device=device, given=given, method=choice.STOCK)
         settings = self._job.settings(self.model)
         self.pipe: Any = job.load(self.model, settings, Show(), safetensors=True)
+        # a model that FastDiff cannot enter is refused here, with the reason
+        find_denoisers(self.pipe)
         self.device, self.dtype = settings.device, settings.dtype
         self.preview = Preview()
         self._ticket: Ticket | None = None
@@ -109,7 +111,7 @@ class Renderer:
                 clean = self.preview.clean(latents, getattr(pipe, "scheduler", None), step)
                 if ticket.elapsed - last["at"] > PREVIEW_EVERY:
                     last["at"] = ticket.elapsed
-                    ticket.preview = self.preview.png(clean) or ticket.preview
+                    ticket.preview = self.preview.picture(clean) or ticket.preview
             return tensors
 
         changes = {"callback_on_step_end": after_step} if self.accepts(

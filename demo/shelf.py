@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Entry:
     table: dict[str, Any] | None
     told: str
     made: float = field(default_factory=time.time)
+
+    @property
+    def settings(self) -> sidecar.Settings:
+        return sidecar.Settings(**{f.name: self.record[f.name] for f in fields(sidecar.Settings)})
 
 
 class Shelf:

@@ -24,7 +24,7 @@ class Stopped(Exception):
 class Ticket:
     """One job and how far it is. Written by the worker's thread, read by the page.
 
-    phase: what it is doing, in a word. step, steps: within this phase. preview: PNG bytes of the
+    phase: what it is doing, in a word. step, steps: within this phase. preview: JPEG bytes of the
     latents now. result: what the job returned. problem: a sentence, when it failed.
     """
 
