@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.layout import TokenLayout
 
@@ -21,7 +21,7 @@ class Size(NamedTuple):
     columns: int
 
 
-def as_they_are(model: nn.Module, latents: Tensor, size: Size) -> Tensor:
+def as_they_are(model: Any, latents: Tensor, size: Size) -> Tensor:
     return latents
 
 
@@ -31,20 +31,21 @@ class Staging:
 
     pipelines: class names whose call can run in stages. others: why other pipelines of this family
     cannot. cell: (pipe) -> pixels of a latent cell. unit: (model) -> latent cells that a side is a
-    multiple of. whole: the pipeline rounds the asked size down to whole units. trained: (model) -> pixels (height x width) of the smallest size that the weights
-    were trained at, None where it is not known. unpack, pack: (model, latents, size) -> latents as
-    [..., rows, columns], and back. rebind: (pipe, size, arguments) -> those arguments of the
-    denoiser's forward that depend on the size, made for `size`.
+    multiple of. whole: the pipeline rounds the asked size down to whole units. trained: (model) ->
+    pixels (height x width) of the smallest size that the weights were trained at, None where it is
+    not known. unpack, pack: (model, latents, size) -> latents as [..., rows, columns], and back.
+    rebind: (pipe, size, arguments) -> those arguments of the denoiser's forward that depend on the
+    size, made for `size`.
     """
 
     pipelines: tuple[str, ...]
     cell: Callable[[Any], int]
-    unit: Callable[[nn.Module], int]
-    trained: Callable[[nn.Module], int | None]
+    unit: Callable[[Any], int]
+    trained: Callable[[Any], int | None]
     others: str = "its loop was not examined"
     whole: bool = False
-    unpack: Callable[[nn.Module, Tensor, Size], Tensor] = as_they_are
-    pack: Callable[[nn.Module, Tensor, Size], Tensor] = as_they_are
+    unpack: Callable[[Any, Tensor, Size], Tensor] = as_they_are
+    pack: Callable[[Any, Tensor, Size], Tensor] = as_they_are
     rebind: Callable[[Any, Size, Arguments], dict[str, Any]] | None = None
 
 
@@ -60,7 +61,7 @@ class Family:
 
     name: str
     denoisers: tuple[str, ...]
-    read: Callable[[nn.Module, Arguments], Reading]
+    read: Callable[[Any, Arguments], Reading | None]
     site: str | None = None
     skip: tuple[str, ...] = ("token_refiner", "context_refiner")
     staging: Staging | None = None

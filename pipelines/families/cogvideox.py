@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging, text_tokens
 
 
-def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
+def read(model: Any, arguments: Arguments) -> TokenLayout:
     _, frames, _, height, width = arguments["hidden_states"].shape
     p, pt = model.config.patch_size, model.config.patch_size_t or 1
     grid = (frames // pt, height // p, width // p)

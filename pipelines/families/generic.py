@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Family
 
 
-def read(model: nn.Module, arguments: Arguments) -> TokenLayout | None:
+def read(model: Any, arguments: Arguments) -> TokenLayout | None:
     """[B, C, H, W] or [B, C, T, H, W] latents; None, and so no sparse call, for anything else.
 
     Only attention over the grid alone is taken: where text stands in a joint sequence of an

@@ -1,12 +1,12 @@
 """HunyuanVideo: latents [B, C, T, H, W], joint attention with the text after the grid."""
 
-from torch import nn
+from typing import Any
 
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Family, Staging, text_tokens
 
 
-def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
+def read(model: Any, arguments: Arguments) -> TokenLayout:
     _, _, frames, height, width = arguments["hidden_states"].shape
     p, pt = model.config.patch_size, model.config.patch_size_t
     grid = (frames // pt, height // p, width // p)

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging
 
 
-def read(model: nn.Module, arguments: Arguments) -> TokenLayout | None:
+def read(model: Any, arguments: Arguments) -> TokenLayout | None:
     sizes = (arguments.get("num_frames"), arguments.get("height"), arguments.get("width"))
     if None in sizes:
         return None  # condition pipelines pass coordinates of single tokens instead

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Family, Staging
 
 
-def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
+def read(model: Any, arguments: Arguments) -> TokenLayout:
     height, width = arguments["hidden_states"].shape[-2:]
     p = model.config.patch_size
     return TokenLayout((1, height // p, width // p))

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging
 
 
-def read(model: nn.Module, arguments: Arguments) -> TokenLayout:
+def read(model: Any, arguments: Arguments) -> TokenLayout:
     _, _, frames, height, width = arguments["hidden_states"].shape
     t, h, w = model.config.patch_size
     return TokenLayout((frames // t, height // h, width // w))
