@@ -41,10 +41,12 @@ ARROWS: dict[str, set[str]] = {
     "config": {"method"},
     "api": {"clock", "report", "method", "policies", "config", "scheduler", "shadow", "attention",
             "seam", "pipelines"},
+    # plans found by real runs
+    "calibration": {"api", "method", "policies", "layout", "kernels"},
     # the names that a user sees: attach at once, the rest when asked for
     "__init__": {"attach", "api", "method", "policies"},
     "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report",
-            "layout"},
+            "layout", "calibration"},
     # many jobs, with the steps of generate; the command line finds it by name
     "batch": {"__init__", "config", "models", "cli"},
 }

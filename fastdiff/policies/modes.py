@@ -1,4 +1,4 @@
-"""The five static modes of Sparse-vDiT as block lists: any mode in any head, one order of tokens."""
+"""The five static modes of Sparse-vDiT as block lists; any head may have any mode."""
 
 import math
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class Patterns:
     each of full, skip, diagonal, multi-diagonal. share: float32 [N], part of the tokens in each
     block. text: bool [N]. always: bool [N], key blocks of text and of the first frames.
     bands: half widths of the two diagonals in blocks. longest: longest list of each of the four.
+    grid_blocks: blocks that hold latent tokens.
     """
 
     offsets: Tensor
@@ -49,10 +50,15 @@ class Patterns:
     always: Tensor
     bands: tuple[int, int]
     longest: tuple[int, ...]
+    grid_blocks: int
 
     @property
     def blocks(self) -> int:
         return self.share.numel()
+
+    def of_grid(self, chosen: Tensor) -> Tensor:
+        """Blocks of the grid, bool [grid_blocks], as blocks of the sequence, bool [N]."""
+        return torch.zeros_like(self.text).masked_scatter(~self.text, chosen)
 
     def stripes(self, order: Tensor, width: float) -> Tensor:
         """The first blocks of `order` that fit into density `width`, as bool [N]; one at least."""
@@ -110,6 +116,7 @@ def patterns(
         indices=torch.argsort(~keep, dim=-1, stable=True).to(torch.int32), counts=counts,
         kept=((keep.double() @ share) @ share).float(), share=share.float(), text=text,
         always=always, bands=(bands[0], bands[1]), longest=tuple(counts.amax(1).tolist()),
+        grid_blocks=frames * cells,
     )
 
 

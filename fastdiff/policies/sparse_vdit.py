@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
@@ -85,14 +86,13 @@ class SparseVDiT(Policy):
         size = 128 if gpu and layout.tokens >= 16384 else 64
         return self.tile or auto_tile((1, *layout.grid[1:]), size)
 
-    def patterns(self, layout: TokenLayout, query: Tensor) -> Patterns:
+    def patterns(self, layout: TokenLayout, tile: Grid, device: torch.device) -> Patterns:
         """What each mode keeps in this layout."""
         sink = self.sink
         if sink is None:
             # where one frame takes at most a quarter of a head's budget
             sink = int(layout.grid[0] * self.band >= 4)
-        tile = self.tile_of(layout, query.is_cuda)
-        return patterns(layout, tile, sink, self.band, query.device)
+        return patterns(layout, tile, sink, self.band, device)
 
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
@@ -100,7 +100,8 @@ class SparseVDiT(Policy):
         modes = self.modes_of(context, query.shape[2])
         if {*modes} == {FULL}:
             return None
-        found = self.patterns(context.layout, query)
+        tile = self.tile_of(context.layout, query.is_cuda)
+        found = self.patterns(context.layout, tile, query.device)
         stripes = tuple(self._stripes(found, context.layer, head)
                         for head, mode in enumerate(modes) if mode == STRIPES)
         return mode_mask(modes, stripes, found, query.shape[0])
@@ -125,4 +126,4 @@ class SparseVDiT(Policy):
         bits = known.get(str(layer), {}).get(str(head))
         if bits is None:
             return found.even_stripes(self.band)
-        return from_bits(bits, found.blocks, found.keep.device)
+        return found.of_grid(from_bits(bits, found.grid_blocks, found.keep.device))

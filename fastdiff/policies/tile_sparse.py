@@ -60,8 +60,19 @@ class TileSparse(Policy):
         mass = tile_mass(query, key_mean, tiles, self.probes)
         # per key, so that a short border tile is not judged by its size
         scores = (mass / tiles.lengths).clamp_min(1e-20).log()
-        keep = keep_tiles(scores, tiles, self.select_by, self.density, self.beta, self.p)
+        density = self._budget(context, query.device)
+        keep = keep_tiles(scores, tiles, self.select_by, density, self.beta, self.p)
         return BlockMask(keep, tiles.offsets, tiles.block)
+
+    def _budget(self, context: Context, device: torch.device) -> float | Tensor:
+        """A plan's density for each head, else one that the heads share as they need."""
+        found = self.calibration
+        if found is None or found.density is None or context.layer >= len(found.layers):
+            return self.density
+        heads = found.heads(context.layer, context.clock)
+        if isinstance(heads, (list, tuple)):
+            return torch.tensor(heads, dtype=torch.float32, device=device)
+        return self.density
 
 
 def tile_mass(query: Tensor, key_mean: Tensor, tiles: Tiling, probes: int) -> Tensor:
@@ -94,11 +105,15 @@ def forced(tiles: Tiling) -> Tensor:
 
 
 def keep_tiles(
-    scores: Tensor, tiles: Tiling, select_by: str, density: float,
+    scores: Tensor, tiles: Tiling, select_by: str, density: float | Tensor,
     beta: float | None, p: float | None,
 ) -> Tensor:
-    """Turn pooled scores [B, H, N, N] into a keep map, bool of the same shape."""
-    if density == 1 and beta is None and p is None:
+    """Turn pooled scores [B, H, N, N] into a keep map, bool of the same shape.
+
+    density: one that the heads share, or float32 [H].
+    """
+    each = isinstance(density, Tensor)
+    if not each and density == 1 and beta is None and p is None:
         return torch.ones_like(scores, dtype=torch.bool)
     must = forced(tiles)
     candidate = ~tiles.always
@@ -112,7 +127,8 @@ def keep_tiles(
     if given is None:
         low, high = (0.0, 1.0) if cut == "below" else (-8.0, 8.0)
         given = _cut_for_density(rank, must, tiles.lengths, density, low, high, cut)
-    return must | (rank < given if cut == "below" else rank > given)
+    keep = must | (rank < given if cut == "below" else rank > given)
+    return keep | (density >= 1).view(-1, 1, 1) if each else keep
 
 
 def _row_z(scores: Tensor, candidate: Tensor, lengths: Tensor) -> Tensor:
@@ -131,25 +147,32 @@ def _mass_above(scores: Tensor, candidate: Tensor) -> Tensor:
     return torch.empty_like(mass).scatter_(-1, index, above)
 
 
-def _top_k(scores: Tensor, must: Tensor, density: float) -> Tensor:
+def _top_k(scores: Tensor, must: Tensor, density: float | Tensor) -> Tensor:
+    if isinstance(density, Tensor):
+        count = (density * scores.shape[-1]).round().clamp_min(1).view(-1, 1, 1)
+        order = scores.masked_fill(must, torch.inf).argsort(-1, descending=True)
+        return (order.argsort(-1) < count) | must
     count = max(1, round(density * scores.shape[-1]))
     index = scores.masked_fill(must, torch.inf).topk(count, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True) | must
 
 
 def _cut_for_density(
-    rank: Tensor, must: Tensor, lengths: Tensor, density: float,
+    rank: Tensor, must: Tensor, lengths: Tensor, density: float | Tensor,
     low: float, high: float, cut: str,
 ) -> Tensor:
-    """The cut, [B, 1, 1, 1], at which a sample keeps `density` of its pairs; found by bisection."""
+    """The cut, [B, 1 or H, 1, 1], at which a sample keeps `density` of its pairs; by bisection."""
     share = lengths / lengths.sum()
-    shape = (rank.shape[0], 1, 1, 1)
+    each = isinstance(density, Tensor)
+    shape = (rank.shape[0], rank.shape[1] if each else 1, 1, 1)
+    density = density.view(-1, 1, 1) if isinstance(density, Tensor) else density
     lo = rank.new_full(shape, low)
     hi = rank.new_full(shape, high)
     for _ in range(14):
         middle = (lo + hi) / 2
         keep = must | (rank < middle if cut == "below" else rank > middle)
-        dense = ((keep.float() @ share) @ share).mean(-1).view(shape)
+        dense = (keep.float() @ share) @ share
+        dense = (dense if each else dense.mean(-1)).view(shape)
         # "above": a higher cut keeps less; "below": a higher cut keeps more
         raise_low = dense > density if cut == "above" else dense < density
         lo = torch.where(raise_low, middle, lo)
