@@ -43,6 +43,11 @@ def blocks_of(
     )
 
 
+def block_size(layout: TokenLayout, query: Tensor) -> int:
+    """Tokens of a block that suit the kernel: 64, or 128 on a GPU for long sequences."""
+    return 128 if query.is_cuda and layout.tokens >= 16384 else 64
+
+
 def axis_product(frames: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """One number for each grid token, [T * H * W] in raster order, from a number per axis."""
     rows, columns = int(height.max()) + 1, int(width.max()) + 1

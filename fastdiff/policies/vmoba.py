@@ -12,7 +12,7 @@ from fastdiff.layout import Tiling, TokenLayout
 from fastdiff.method import check
 from fastdiff.policies.base import Attended, Context, Policy, Terms
 from fastdiff.policies.chunks import Chunks, auto_box, chunk_means, chunks_of
-from fastdiff.policies.partition import grid_density
+from fastdiff.policies.partition import block_size, grid_density
 from fastdiff.policies.routed import routed_attention
 from fastdiff.policies.routes import (
     GROUPS,
@@ -133,8 +133,7 @@ class VMoBA(Policy):
             box = (grid[0], *self.plane_chunk)
         elif axes == 3 and self.box_chunk is not None:
             box = self.box_chunk
-        size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
-        return chunks_of(layout, box, self.tile, size, query.device)
+        return chunks_of(layout, box, self.tile, block_size(layout, query), query.device)
 
     def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
         return self.chunks(layout, query, context.layer).tiles

@@ -12,7 +12,6 @@ from fastdiff.kernels.block_sparse_attention import block_sparse_attention
 from fastdiff.layout import TokenLayout
 from fastdiff.policies.base import Context, Policy, Terms
 
-
 PLAIN = Terms()
 
 
@@ -21,7 +20,7 @@ def context_of(layout: TokenLayout, layer: int = 0, seed: int = 0) -> Context:
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale=None) -> Tensor:
-    """query, key, value: [B, S, H, D]; keep: bool, broadcasts to [B, H, S, S]; rows may be empty."""
+    """All [B, S, H, D]; keep: bool, broadcasts to [B, H, S, S], rows may be empty."""
     groups = query.shape[2] // key.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
