@@ -25,6 +25,8 @@ SCHEDULERS = {
     "CogVideoXDDIMScheduler": "strided",
     "CogVideoXDPMScheduler": "strided",
 }
+# the others have the setting in their config and do not look at it
+_CLIP = {"DDIMScheduler", "DDPMScheduler"}
 
 
 class Level(NamedTuple):
@@ -129,7 +131,7 @@ def clean_estimate(scheduler: Any, level: Level, output: Tensor, sample: Tensor)
     else:
         raise ValueError(f"prediction_type={prediction!r} cannot run in stages: accepted is "
                          "epsilon, v_prediction, sample or flow_prediction")
-    if scheduler.config.get("clip_sample"):
+    if scheduler.config.get("clip_sample") and type(scheduler).__name__ in _CLIP:
         limit = scheduler.config.get("clip_sample_range", 1.0)
         clean = clean.clamp(-limit, limit)
     return clean

@@ -1,7 +1,6 @@
 """The noise schedule of one stage, written into a copy of the user's scheduler."""
 
 import copy
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +62,12 @@ def write(scheduler: Any, span: Span, arguments: dict[str, Any], tokens: int | N
         return
     mu = _mu(scheduler, arguments, tokens)
     own = dict(arguments)
+    # a schedule of one step cannot be stretched to a terminal level; it is replaced below
+    steps = span.steps if span.native else max(span.steps, 2)
     if own.get("num_inference_steps") is not None:
-        own["num_inference_steps"] = span.steps
+        own["num_inference_steps"] = steps
     if own.get("sigmas") is not None:
-        own["sigmas"] = torch.linspace(1, 1 / span.steps, span.steps).tolist()
+        own["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
     if mu is not None:
         own["mu"] = mu
     scheduler.set_timesteps(**own)
@@ -145,45 +146,32 @@ def _preserving_levels(scheduler: Any, span: Span) -> tuple[Tensor, Tensor, floa
 
 
 def _write_strided(scheduler: Any, span: Span, device: Any) -> None:
-    """These schedulers step by a fixed stride: the stretch of a finer schedule that fits best."""
+    """These schedulers step by a fixed stride, so many timesteps at once; the start is free."""
     if span.shift not in (None, 1):
         raise ValueError(f"shift={span.shift:g} is not possible with {type(scheduler).__name__}, "
                          "which steps by a fixed stride: leave shift out, or use a scheduler "
                          "with sigmas such as DPMSolverMultistepScheduler")
     total = scheduler.config.num_train_timesteps
+    if span.native:
+        scheduler.set_timesteps(span.steps, device=device)
+        return
     table = table_ratios(scheduler)
     bounds = torch.tensor([ratio_of(span.start), ratio_of(span.end)], dtype=torch.float64)
-    first, last = (float(t) for t in timestep_of(table, bounds))
-    if not span.end:
-        last = 0.0
-    best: tuple[float, int, int] | None = None
-    middle = round(span.steps * total / max(first - last, 1.0))
-    finest = min(middle + 3, total)
-    for fine in range(max(span.steps, min(middle - 3, total)), max(finest, span.steps) + 1):
-        times = _strided_times(scheduler, fine, device)
-        begin = len(times) - span.steps
-        if span.end:
-            begin = min(range(begin + 1), key=lambda i: abs(float(times[i]) - first))  # noqa: B023
-        error = abs(float(times[begin]) - first)
-        if span.start == 1 and not span.end:
-            error, begin = float(fine - span.steps), 0
-        if best is None or error < best[0]:
-            best = (error, fine, begin)
-    assert best is not None
-    _, fine, begin = best
-    times = _strided_times(scheduler, fine, device)[begin : begin + span.steps]
-    if hasattr(scheduler, "plms_timesteps") and len(times) > 1:
+    first, last = (round(float(t)) for t in timestep_of(table, bounds))
+    # as many steps a run as give a stride that the schedule can have
+    strides = {total // steps: steps for steps in range(total, 0, -1)}
+    if span.end:
+        stride = min(strides, key=lambda n: abs(n * span.steps - (first - last)))
+    else:
+        # the last step has to reach clean
+        stride = min(n for n in strides if n * span.steps > first)
+    first = min(max(first, stride * (span.steps - 1)), total - 1)
+    scheduler.set_timesteps(strides[stride], device=device)
+    times = first - stride * torch.arange(span.steps)
+    if hasattr(scheduler, "plms_timesteps") and span.steps > 1:
         # its second evaluation is made at the second timestep twice
         times = torch.cat([times[:2], times[1:]])
-    scheduler.timesteps = times
-
-
-def _strided_times(scheduler: Any, steps: int, device: Any) -> Tensor:
-    scheduler.set_timesteps(steps, device=device)
-    times = scheduler.timesteps
-    if hasattr(scheduler, "plms_timesteps"):
-        times = torch.unique(times).flip(0)
-    return times
+    scheduler.timesteps = times.clamp_min(0).to(scheduler.timesteps)
 
 
 def _mu(scheduler: Any, arguments: dict[str, Any], tokens: int | None) -> float | None:
@@ -203,10 +191,6 @@ def _flow_shift(scheduler: Any, mu: float | None) -> float:
         return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
     shift = getattr(scheduler, "shift", None)
     return float(config.flow_shift if shift is None else shift)
-
-
-def parameters(scheduler: Any, name: str) -> inspect.Signature:
-    return inspect.signature(getattr(scheduler, name))
 
 
 def first_level(scheduler: Any) -> Level:
