@@ -122,6 +122,7 @@ def run_tasks(tasks: Sequence[Task], folder: Folder, options: Options, hooks: Ho
                 index.write(folder, claims)
                 done, failed = folder.listing()
                 claims.sweep(lambda name: name in done or name in failed)
+                folder.tidy(done)
     finally:
         claims.close()
     results = [folder.result(task) for task in tasks]

@@ -76,7 +76,8 @@ class Claims:
 
     def held(self, claim: Claim) -> bool:
         """Whether a claim is still ours: nobody took us for dead."""
-        return self._highest(claim.name) == claim.number
+        return (self._highest(claim.name) == claim.number
+                and self._owner(claim.name, claim.number) == self.worker)
 
     def release(self, claim: Claim) -> None:
         """Give a claim back, with those of the dead before it."""
@@ -154,11 +155,11 @@ class Claims:
             content = {}
         if gone(content):
             return False
-        last, since = self._seen.get(worker, (0, 0.0))
-        if beat != last:
+        seen = self._seen.get(worker)
+        if seen is None or seen[0] != beat:
             self._seen[worker] = (beat, time.monotonic())
             return True
-        return time.monotonic() - since < self.lease
+        return time.monotonic() - seen[1] < self.lease
 
 
 def process() -> dict[str, Any]:
@@ -188,7 +189,8 @@ def _born(pid: int) -> int | None:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else int(fields[18])
+    # a killed process is a zombie while a thread of it still ends a write
+    return None if state in "ZX" and int(fields[16]) <= 1 else int(fields[18])
 
 
 def _create(path: Path, content: bytes) -> bool:

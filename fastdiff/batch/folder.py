@@ -103,6 +103,13 @@ class Folder:
             for part in self.path.glob(f".{stem}.*.part{Path(suffix).suffix}"):
                 part.unlink(missing_ok=True)
 
+    def tidy(self, done: set[str]) -> None:
+        """Remove unfinished files of tasks that are done: what a dying worker still wrote."""
+        for path in self.path.glob(".*.part.*"):
+            stem = path.name[1:].partition(".")[0]
+            if stem.rpartition("-")[2] in done:
+                path.unlink(missing_ok=True)
+
     def drop_orphans(self, tasks: Iterable[Task]) -> None:
         """Remove sidecars whose result was deleted: those jobs are to be made again."""
         for task in tasks:

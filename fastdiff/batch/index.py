@@ -1,6 +1,7 @@
 """The index: one line a job, and the contact sheet; both made anew from sidecars and notes."""
 
 import json
+import time
 from typing import Any
 
 from fastdiff.batch.claims import Claim, Claims
@@ -44,8 +45,6 @@ def write(folder: Folder, claims: Claims, wait: bool = True) -> bool:
 
     wait: for another worker that is at it. Returns whether this one wrote.
     """
-    import time
-
     held: Claim | None = claims.take(_LOCK)
     while held is None and wait:
         time.sleep(0.05)
@@ -53,6 +52,9 @@ def write(folder: Folder, claims: Claims, wait: bool = True) -> bool:
     if held is None:
         return False
     try:
+        for path in folder.path.glob(".index.*.part.*"):
+            # of one that was killed here
+            path.unlink(missing_ok=True)
         entries = [entry(record) for record in folder.records()]
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in entries)
         for name, text in ((INDEX, lines), (SHEET, page(entries, folder.path.resolve().name))):

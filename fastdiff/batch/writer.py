@@ -64,6 +64,8 @@ class Writer:
             path, record = self._maker.write(made, self._folder.path)
             self._folder.commit(path, record)
         except Exception as error:
+            if not self._claims.held(claim):
+                return
             behind = fatal(error, self._folder.path)
             if behind is not None:
                 raise behind from error
