@@ -1,6 +1,7 @@
 """The page and the server: tabs put together, bound to this machine, nothing sent anywhere."""
 
 import hmac
+import html
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ import gradio as gr
 from fastdiff import __version__
 from fastdiff.cli.errors import InputError
 from fastdiff.demo import look
+from fastdiff.demo.batch_tab import BatchTab
 from fastdiff.demo.generate_tab import GenerateTab
+from fastdiff.demo.history_tab import HistoryTab
 from fastdiff.demo.house import House
 from fastdiff.demo.limits import Limits
+from fastdiff.demo.masks_tab import MasksTab
 from fastdiff.demo.method_panel import MethodPanel
 from fastdiff.demo.render import Renderer
+from fastdiff.demo.settings_bar import SettingsBar
 
 CLEAN_EVERY, CLEAN_AFTER = 300, 3600  # seconds
 UPLOAD = "1mb"
@@ -57,8 +62,18 @@ def build(house: House) -> gr.Blocks:
                     with gr.Tab(title, id=kind, render_children=True):
                         made[kind] = GenerateTab(kind, house, panel)
 
+            bar = SettingsBar(house, panel, tabs, made)
+            with gr.Tab("Batch", id="batch"):
+                BatchTab(house, panel)
+            with gr.Tab("Masks", id="masks"):
+                masks = MasksTab(house, panel)
+            with gr.Tab("History", id="history") as history:
+                HistoryTab(house, bar, history)
+        bar.on_load(blocks)
+
         def left(request: gr.Request) -> None:
             house.leave(str(request.session_hash))
+            masks.forget(str(request.session_hash))
 
         blocks.unload(left)
     return blocks
@@ -88,7 +103,7 @@ def serve(house: House, server: Server, block: bool = True) -> tuple[gr.Blocks, 
 
 def _head(renderer: Renderer) -> str:
     model = Path(renderer.model.name).name
-    chips = "".join(f"<span class='fd-chip'>{text}</span>" for text in (
+    chips = "".join(f"<span class='fd-chip'>{html.escape(text)}</span>" for text in (
         f"model {model}", f"{renderer.dtype} on {renderer.device}", f"version {__version__}"))
     return ("<div class='fd-head'><h1>Fast<em>Diff</em></h1><p>Stock beside fast, same seed."
             f"</p>{chips}</div>")

@@ -61,6 +61,9 @@ class GenerateTab:
         self.compare = gr.Checkbox(True, label="Stock beside it",
                                    info="Runs twice with the same seed: without and with methods",
                                    elem_id=f"{kind}-compare")
+        self.any_size = gr.Checkbox(
+            kind == "image" and known, label="Sparse at any size", elem_id=f"{kind}-any",
+            info="Also below the break-even, where it costs time: to see a method at work")
         with gr.Row():
             self.go = gr.Button("Generate", variant="primary", elem_id=f"{kind}-go")
             self.stop = gr.Button("Stop", variant="stop", elem_id=f"{kind}-stop")
@@ -141,13 +144,15 @@ class GenerateTab:
         """What the page sent, as a wish."""
         count = len(self._fields)
         field = dict(zip(self._fields, sent[:count], strict=True))
+        plan = self._panel.plan(sent[count + 1:])
+        plan = at_any_size(plan) if sent[count] else plan
         numbers = {name: whole(name, field[name])
                    for name in ("seed", "steps", "height", "width", "frames")}
         if self.kind == "image":
             numbers["frames"] = None
         return Wish(kind=self.kind, prompt=field["prompt"] or "", negative=field["negative"],
                     guidance=field["guidance"], compare=bool(field["compare"]),
-                    plan=self._panel.plan(sent[count:]), **{**numbers, "seed": numbers["seed"] or 0})
+                    plan=plan, **{**numbers, "seed": numbers["seed"] or 0})
 
     def _connect(self) -> None:
         results = [self.cards, self.one, self.both, self.stock, self.fast, self.difference,
@@ -163,7 +168,7 @@ class GenerateTab:
                 yield found if entry is None else {**found, **self._result(entry, request)}
 
         run.__name__ = self.kind
-        gr.on([self.go.click, self.prompt.submit], run, [*self._fields.values(),
+        gr.on([self.go.click, self.prompt.submit], run, [*self._fields.values(), self.any_size,
               *self._panel.inputs], [self.live, *results], show_progress="hidden",
               concurrency_limit=None, api_name=self.kind)
 
@@ -193,6 +198,16 @@ class GenerateTab:
         if self.kind == "image":
             found[self.swipe] = (path["stock"], path["fast"]) if paired else None
         return found
+
+
+def at_any_size(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The plan without the break-even of the device, where the user has not set one."""
+    if plan is None:
+        return None
+    free = {"min_tokens": 1, "max_density": 1.0}
+    return {**plan, "methods": [
+        {**entry, **{name: value for name, value in free.items()
+                     if name in entry and entry[name] is None}} for entry in plan["methods"]]}
 
 
 def _side(label: str, best: int | None, multiple: int, most: int, name: str) -> Any:

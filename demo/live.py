@@ -50,7 +50,8 @@ def ending(ticket: Ticket) -> str:
 
 
 def note(text: str) -> str:
-    return f"<div class='fd-live' role='status'><div class='fd-line'>{html.escape(text)}</div></div>"
+    return ("<div class='fd-live' role='status'><div class='fd-line'>"
+            f"{html.escape(text)}</div></div>")
 
 
 def problem(text: str) -> str:
@@ -87,10 +88,14 @@ def cards(facts: dict[str, Any] | None, seconds: float, report: dict[str, Any] |
     if report is not None and report["layers"]:
         found.append(("density", f"{report['density_all_calls']:.2f}",
                       "attention computed, of stock's, over all calls"))
-    body = "".join(f"<div class='fd-card' title='{html.escape(about)}'><span>{name}</span>"
-                   f"<b>{value}</b><i>{html.escape(about)}</i></div>"
-                   for name, value, about in found)
-    return f"<div class='fd-cards'>{body}</div>{_why(report)}"
+    return figures(found) + _why(report)
+
+
+def figures(found: list[tuple[str, str, str]]) -> str:
+    """Cards of (name, value, what it is)."""
+    body = "".join(f"<div class='fd-card'><span>{html.escape(name)}</span><b>{html.escape(value)}"
+                   f"</b><i>{html.escape(about)}</i></div>" for name, value, about in found)
+    return f"<div class='fd-cards'>{body}</div>"
 
 
 def _why(report: dict[str, Any] | None) -> str:

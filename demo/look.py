@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import gradio as gr
+from gradio import themes
 
 _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans",
          "sans-serif")
@@ -11,7 +11,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mon
 
 def theme() -> Any:
     """Fonts of the system only: a font of the web would be asked for over the network."""
-    return gr.themes.Base(
+    return themes.Base(
         primary_hue="blue", neutral_hue="slate", radius_size="md", text_size="md",
         font=list(_SANS), font_mono=list(_MONO),
     ).set(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,14 +59,21 @@ class Knob:
 
 
 def knobs(cls: type[Method]) -> list[Knob]:
-    """The knobs of a method; documentation from the docstrings of the class and its parents."""
+    """The knobs that can be typed in; documentation from the docstrings of class and parents."""
     notes: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         notes.update(option_notes(parent.__doc__ or ""))
     hints = typing.get_type_hints(cls)
-    best = cls()
-    return [Knob(cls.name, field.name, hints[field.name], getattr(best, field.name),
-                 notes.get(field.name, "")) for field in dataclasses.fields(cls)]
+    return [Knob(cls.name, field.name, hints[field.name], field.default, notes.get(field.name, ""))
+            for field in dataclasses.fields(cls) if _typeable(hints[field.name])]
+
+
+def _typeable(hint: Any) -> bool:
+    """Whether a value can be typed in: words, numbers, and tuples of them."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
+        return all(_typeable(part) for part in inner)
+    return hint in (bool, int, float, str, types.NoneType)
 
 
 def about(cls: type[Method]) -> str:
@@ -86,6 +94,9 @@ def plan_of(names: Sequence[str], shown: Mapping[tuple[str, str], Any]) -> dict[
             raise InputError(f"unknown method {name!r}: accepted are {', '.join(known)}")
         given = {knob.name: knob.read(shown[name, knob.name]) for knob in knobs(known[name])
                  if (name, knob.name) in shown}
+        # one preset of a method may change what its other knobs mean by default
+        given = {knob.name: given[knob.name] for knob in knobs(known[name])
+                 if given.get(knob.name, knob.default) != knob.default}
         made += make_methods([name], {f"{name}.{knob}": value for knob, value in given.items()})
     return to_plan(make_methods(made, {})) if made else None
 
@@ -130,6 +141,11 @@ class MethodPanel:
         if not all(isinstance(name, str) for name in names):
             raise InputError("methods are chosen by name")
         return plan_of(names, dict(zip(self._fields, sent[len(self._picks):], strict=True)))
+
+    def plan_with(self, names: Sequence[str], sent: Sequence[Any]) -> dict[str, Any]:
+        """The plan of these methods, with their options as sent."""
+        shown = dict(zip(self._fields, sent[len(self._picks):], strict=True))
+        return plan_of(names, shown) or to_plan(())
 
     def show(self, plan: dict[str, Any] | None) -> dict[Any, Any]:
         """Updates that fill the panel in with a plan."""

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from fastdiff import models
-from fastdiff.api import disable, find_denoisers
+from fastdiff.api import disable, enable, find_denoisers
 from fastdiff.cli import choice, job, sampling
 from fastdiff.cli.show import Show
 from fastdiff.cli.sidecar import Settings
 from fastdiff.demo.density import Trace
 from fastdiff.demo.preview import Preview
+from fastdiff.demo.recording import Recorder, Recording
 from fastdiff.demo.wish import Wish
 from fastdiff.demo.worker import Ticket
+from fastdiff.method import Method
 
 PREVIEW_EVERY = 0.4  # seconds
 
@@ -90,10 +92,21 @@ class Renderer:
         disable(self.pipe)
         return made
 
+    def record(self, wish: Wish, recording: Recording, ticket: Ticket) -> None:
+        """A dense run whose attention calls are recorded."""
+        settings = self.settings(replace(wish, plan=None))
+        recorder = Recorder(recording=recording, min_tokens=1, max_density=1.0)
+        result, _ = self.sample(settings, ticket, "recording", recorder)
+        recording.frames = result.frames
+        disable(self.pipe)
+
     def sample(
-        self, settings: Settings, ticket: Ticket, phase: str
+        self, settings: Settings, ticket: Ticket, phase: str, method: Method | None = None
     ) -> tuple[sampling.Result, Trace]:
-        """One run of the pipeline, on with `ticket`'s progress, preview and end."""
+        """One run of the pipeline, on with `ticket`'s progress, preview and end.
+
+        method: in place of the settings' plan.
+        """
         ticket.enter(phase, settings.steps or 0)
         self._ticket = ticket
         trace, last = Trace(), {"at": -PREVIEW_EVERY, "latents": None}
@@ -117,7 +130,10 @@ class Renderer:
         changes = {"callback_on_step_end": after_step} if self.accepts(
             "callback_on_step_end") else {}
         try:
-            job.switch(self.pipe, settings)
+            if method is None:
+                job.switch(self.pipe, settings)
+            else:
+                enable(self.pipe, method)
             result = sampling.sample(self.pipe, settings, lambda step, of: None, **changes)
         finally:
             self._ticket = None

@@ -49,6 +49,7 @@ class Shelf:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self._most = most
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._rooms: OrderedDict[str, Path] = OrderedDict()
         self._lock = threading.Lock()
 
     def put(self, user: str, made: Made, renderer: Renderer) -> Entry:
@@ -69,6 +70,19 @@ class Shelf:
             shutil.rmtree(self.folder / entry_out.key, ignore_errors=True)
         return entry
 
+    def room(self, user: str) -> Path:
+        """A new folder for the files of a batch; a user's next one replaces it."""
+        with self._lock:
+            old = self._rooms.pop(user, None)
+            room = self._rooms[user] = self.folder / f"batch-{secrets.token_urlsafe(12)}"
+            gone = [old] if old else []
+            while len(self._rooms) > max(1, self._most // 10):
+                gone.append(self._rooms.popitem(last=False)[1])
+        for folder in gone:
+            shutil.rmtree(folder, ignore_errors=True)
+        room.mkdir(mode=0o700)
+        return room
+
     def of(self, user: str) -> list[Entry]:
         """The results of a visitor, the last one first."""
         with self._lock:
@@ -76,6 +90,10 @@ class Shelf:
 
     def forget(self, user: str) -> None:
         """Delete the results of a visitor who has left."""
+        with self._lock:
+            room = self._rooms.pop(user, None)
+        if room is not None:
+            shutil.rmtree(room, ignore_errors=True)
         for entry in self.of(user):
             with self._lock:
                 self._entries.pop(entry.key, None)

@@ -25,7 +25,8 @@ class Ticket:
     """One job and how far it is. Written by the worker's thread, read by the page.
 
     phase: what it is doing, in a word. step, steps: within this phase. preview: JPEG bytes of the
-    latents now. result: what the job returned. problem: a sentence, when it failed.
+    latents now. result: what the job returned. problem: a sentence, when it failed. ended: set
+    when the job shall end.
     """
 
     def __init__(self, user: str, work: Callable[["Ticket"], Any], seconds: float) -> None:
@@ -38,7 +39,7 @@ class Ticket:
         self.problem = ""
         self.began: float | None = None
         self.over = threading.Event()
-        self._stop = threading.Event()
+        self.ended = threading.Event()
 
     def enter(self, phase: str, steps: int = 0) -> None:
         """A new phase of this job begins."""
@@ -47,7 +48,7 @@ class Ticket:
 
     def check(self) -> None:
         """Raise `Stopped` if this job shall end. Called between layers, so an end is near."""
-        if self._stop.is_set():
+        if self.ended.is_set():
             raise Stopped
         if self.began is not None and time.monotonic() - self.began > self.seconds:
             raise InputError(f"stopped after {self.seconds:g} seconds, the most that a job may "
@@ -55,11 +56,11 @@ class Ticket:
 
     def stop(self) -> None:
         """Ask for an end."""
-        self._stop.set()
+        self.ended.set()
 
     @property
     def stopping(self) -> bool:
-        return self._stop.is_set() and self.state == RUNNING
+        return self.ended.is_set() and self.state == RUNNING
 
     @property
     def elapsed(self) -> float:
