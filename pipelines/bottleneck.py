@@ -1,6 +1,6 @@
 """Bottleneck sampling: high, low and high resolution in turn inside any call of a pipeline."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class BottleneckSampling(Method):
     Most steps run where they cost a fraction; the first steps at full size set the layout, the
     last ones make the detail. Nothing is trained. The result is another picture than stock's.
 
-    preset: stages under a name: balanced, fast or video; balanced where no stages are given.
+    preset: stages under a name: balanced, fast or video; None is balanced unless stages are given.
     stages: a list of Stage(scale, steps, sigma_start, shift), or words such as
         "1:8, 0.5:16:0.93, 1:12:0.85"; used exactly as they are.
     transition: what a stage ends with. restart steps to a clean latent, resizes it and adds noise
@@ -58,15 +58,13 @@ class BottleneckSampling(Method):
     kind: ClassVar[str] = "sampling"
 
     preset: str | None = None
-    stages: tuple[Stage, ...] | str | None = None
+    stages: Sequence[Stage] | str | None = None
     transition: str | None = None
     resize: str = "bicubic"
     noise: str = "fresh"
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.stages is None and self.preset is None:
-            object.__setattr__(self, "preset", "balanced")
         if self.stages is not None and self.preset is not None:
             raise ValueError("give either stages or a preset, not both")
         if self.stages is not None:
@@ -87,10 +85,9 @@ class BottleneckSampling(Method):
     @property
     def chosen(self) -> Preset:
         """The stages and their transition, as given or as the preset has them."""
-        if self.preset is None:
-            assert isinstance(self.stages, tuple)
-            return Preset(self.stages, self.transition or "restart", low=())
-        preset = PRESETS[self.preset]
+        if self.stages is not None:
+            return Preset(read_stages(self.stages), self.transition or "restart", low=())
+        preset = PRESETS[self.preset or "balanced"]
         return Preset(preset.stages, self.transition or preset.transition, preset.low)
 
     def attach(self, host: Host) -> Callable[[], None]:
@@ -154,7 +151,7 @@ class _Start:
             arm_scheduler(scheduler, self.host.clock)
         flow = _check_scheduler(scheduler, chosen) == "flow"
         stages = chosen.stages
-        if self.method.preset is not None and not flow:
+        if self.method.stages is None and not flow:
             # the presets' shifts are those of flow matching
             stages = tuple(Stage(s.scale, s.steps, s.sigma_start) for s in stages)
         steps = asked["num_inference_steps"]

@@ -1,5 +1,8 @@
 """Bottleneck sampling piece by piece: schedules, clean estimates, changes of size, settings."""
 
+# diffusers exports its classes lazily and annotates arguments narrowly
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
+
 import json
 
 import diffusers
@@ -94,14 +97,18 @@ def test_schedule_does_what_the_stage_says(name, span):
         stride = 1000 // scheduler.num_inference_steps
         assert times[-1] >= 0 and (span.end or times[-1] - stride < 0)
     else:
+        clean = 0.0 if name != "deis" else level_of(kind, _ratio(scheduler, 0)).share
         end = level_of(kind, float(scheduler.sigmas[-1])).share
-        assert end == pytest.approx(span.end, abs=2e-3)
+        assert end == pytest.approx(span.end or clean, abs=2e-3)
+
+
+def _ratio(scheduler, timestep):
+    kept = float(scheduler.alphas_cumprod[timestep].clamp_min(1e-12))
+    return ((1 - kept) / kept) ** 0.5
 
 
 def _top(scheduler):
-    kept = float(scheduler.alphas_cumprod[-1].clamp_min(1e-12))
-    ratio = ((1 - kept) / kept) ** 0.5
-    return ratio / (1 + ratio)
+    return _ratio(scheduler, -1) / (1 + _ratio(scheduler, -1))
 
 
 @each_scheduler
@@ -166,7 +173,8 @@ def test_clean_estimate_is_the_scheduler_s_own(name):
     level = level_at(scheduler, kind_of(scheduler), 0)
     output, sample = torch.randn(2, 1, 4, 6, 6).unbind(0)
     found = clean_estimate(scheduler, level, output, sample)
-    own = scheduler.step(output, scheduler.timesteps[0], sample).pred_original_sample
+    step = scheduler.step(output, timestep=scheduler.timesteps[0], sample=sample)
+    own = step.pred_original_sample
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
 
 
@@ -274,7 +282,7 @@ def test_settings_round_trip_as_json():
 
 
 def test_stages_in_words():
-    found = BottleneckSampling(stages="1:8, 0.5:0.25:0.93, 1:12:0.85:3").stages
+    found = BottleneckSampling(stages="1:8, 0.5:0.25:0.93, 1:12:0.85:3").chosen.stages
     assert found == (Stage(1.0, 8), Stage(0.5, 0.25, 0.93), Stage(1.0, 12, 0.85, 3.0))
     assert isinstance(found[0].steps, int) and isinstance(found[1].steps, float)
 
@@ -315,4 +323,5 @@ def test_the_command_line_knows_it():
     found = plan("bottleneck", None, {"preset": "fast"}, None)
     assert found is not None and from_plan(found) == (BottleneckSampling("fast"),)
     found = plan("bottleneck", None, {"stages": "1:8, 0.5:16:0.93, 1:12:0.85"}, None)
-    assert found is not None and len(from_plan(found)[0].chosen.stages) == 3
+    assert found is not None
+    assert from_plan(found)[0].to_dict()["stages"][1]["steps"] == 16

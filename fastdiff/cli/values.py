@@ -62,6 +62,8 @@ def _one(text: str, member: Any) -> Any:
         if len(parts) != len(kinds):
             raise ValueError(text)
         return tuple(kind(part) for kind, part in zip(kinds, parts, strict=True))
+    if typing.get_origin(member) is not None:
+        raise ValueError(text)  # a list of something: only its form in words can be typed
     return member(text)
 
 

@@ -139,9 +139,8 @@ def _preserving_levels(scheduler: Any, span: Span) -> tuple[Tensor, Tensor, floa
         low = low if span.end else torch.zeros((), dtype=torch.float64) - 1
         own = ratio_at(table, (high + (low - high) * at / span.steps).clamp_min(0))
     ratios = own * shift
-    end = ratio_of(span.end)
-    if not span.end and config.get("final_sigmas_type") == "sigma_min":
-        end = float(table[0])
+    # some solvers cannot step to zero: clean is where their own schedule ends
+    end = ratio_of(span.end) if span.end else float(scheduler.sigmas[-1])
     return ratios, timestep_of(table, ratios), end
 
 
