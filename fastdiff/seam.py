@@ -195,6 +195,8 @@ def entering(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Say that this attention module runs now: its layer, its stage, its sequence lengths."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    if isinstance(other, tuple):
+        other = other[0]  # IP-Adapter: text, then pictures
     _current.layer = getattr(module, LAYER, None)
     _current.stage = getattr(module, STAGE, None)
     _current.hidden = 0 if hidden is None else hidden.shape[1]
