@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -129,7 +129,9 @@ class Neighborhood(Policy):
         tile = tuple(min(t, n) for t, n in zip(tile, layout.grid, strict=True))
         lead = min(self.sink or 0, layout.grid[0])
         layer = context.layer % 2 if self.alternate else 0
-        return _plan(self, layout, (tile[0], tile[1], tile[2]), lead, layer, query.device)
+        # what a calibration holds is in the density already, and cannot be a key
+        policy = self if self.calibration is None else replace(self, calibration=None)
+        return _plan(policy, layout, (tile[0], tile[1], tile[2]), lead, layer, query.device)
 
     def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
         return self._plan(query, context).tiles
@@ -159,7 +161,7 @@ class Plan:
     density: Tensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _plan(
     policy: Neighborhood, layout: TokenLayout, tile: Grid, lead: int, layer: int,
     device: torch.device,

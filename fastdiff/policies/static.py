@@ -1,30 +1,12 @@
-"""StaticMask: a block mask that is the same at every call, with its lists made once."""
+"""Pattern: a block mask that is the same at every call, with its lists made once."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastdiff.blockmask import BlockMask
 from fastdiff.layout import Tiling
-
-
-@dataclass(frozen=True)
-class StaticMask(BlockMask):
-    """A BlockMask [B, H, NQ, NK] whose lists and density are known.
-
-    listed: int32 [B, H, NQ, M], kept blocks first; listed_counts: int32 [B, H, NQ]; pairs: 0-dim.
-    """
-
-    listed: Tensor
-    listed_counts: Tensor
-    pairs: Tensor
-
-    def lists(self) -> tuple[Tensor, Tensor]:
-        return self.listed, self.listed_counts
-
-    def density(self) -> Tensor:
-        return self.pairs
+from fastdiff.policies.modes import ListedMask
 
 
 @dataclass(frozen=True)
@@ -36,11 +18,11 @@ class Pattern:
     counts: Tensor
     pairs: Tensor
 
-    def expand(self, batch: int, heads: int, tiles: Tiling) -> StaticMask:
+    def expand(self, batch: int, heads: int, tiles: Tiling) -> ListedMask:
         keep, listed, counts = (
             x.expand(batch, heads, *x.shape) for x in (self.keep, self.listed, self.counts)
         )
-        return StaticMask(keep, tiles.offsets, tiles.block, listed, counts, self.pairs)
+        return ListedMask(keep, tiles.offsets, tiles.block, listed, counts, self.pairs)
 
 
 def pattern(keep: Tensor, tiles: Tiling, width: int | None = None) -> Pattern:
