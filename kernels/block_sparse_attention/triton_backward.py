@@ -3,6 +3,8 @@ transpose, and one for the tail."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .triton_impl import interpreting
 QUERY_CONFIGS = {
     (64, False): (128, 64, 8, 2),
     (128, False): (128, 64, 8, 2),
-    (256, False): (64, 32, 8, 1),
+    (256, False): (128, 32, 8, 1),
     (64, True): (64, 32, 4, 2),
     (128, True): (64, 16, 4, 1),
     (256, True): (32, 16, 4, 1),
@@ -27,6 +29,8 @@ KEY_CONFIGS = {
 }
 # entries of the keep map that are sorted at a time: 0.5 GiB of int64
 SORTED = 1 << 26
+# bytes of shared memory a block may have, that the tables above count on
+SHARED = 160 << 10
 # programs that fill a large GPU a few times over
 PROGRAMS = 512
 
@@ -35,16 +39,24 @@ def config(
     table: dict[tuple[int, bool], tuple[int, int, int, int]],
     block_q: int,
     block_k: int,
-    head_dim: int,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> dict[str, int]:
     """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
-    BD = max(16, 1 << (head_dim - 1).bit_length())
-    BM, BN, warps, stages = table[max(64, BD), dtype.itemsize == 4]
+    BD = max(16, 1 << (like.shape[-1] - 1).bit_length())
+    BM, BN, warps, stages = table[max(64, BD), like.dtype.itemsize == 4]
+    if like.is_cuda and shared_memory(like.device) < SHARED:
+        # four tiles of 16 KiB fit every card
+        limit = max(16, (16 << 10) // (BD * like.dtype.itemsize))
+        BM, BN, stages = min(BM, limit), min(BN, limit), 1
     BM = min(BM, max(16, 1 << (block_q - 1).bit_length()))
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
-    warps = min(warps, max(1, max(BM, BN) // 16))
+    warps = min(warps, max(1, max(BM, BN) * BD // 1024))
     return {"BM": BM, "BN": BN, "BD": BD, "num_warps": warps, "num_stages": stages}
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def run(
@@ -116,7 +128,7 @@ def run(
         flags = {"D": D, "BLOCK_Q": block_q, "PARTS_Q": parts, "FULL_Q": full}
         return {**meta, **flags, "UPCAST": interpreting(), "UNIT": unit}
 
-    meta = shared(config(QUERY_CONFIGS, block_q, block_k, D, dtype))
+    meta = shared(config(QUERY_CONFIGS, block_q, block_k, query))
     block_sparse_attention_bwd_dq_kernel[(NQ * meta["PARTS_Q"], B * H)](
         query, key, value, output, grad, lse, dlse, delta, dq, indices, counts, query_offsets,
         key_offsets, mask, key_mean, value_mean, weight, keep, *steps("q", "k", "v", "o", "do"),
@@ -132,7 +144,7 @@ def run(
         **meta,
     )  # fmt: skip
 
-    meta = shared(config(KEY_CONFIGS, block_q, block_k, D, dtype))
+    meta = shared(config(KEY_CONFIGS, block_q, block_k, query))
     equal_q = NQ * block_q == Sq
     parts_k = -(-block_k // meta["BN"])
     block_sparse_attention_bwd_dkv_kernel[(NK * parts_k, B * Hk)](
@@ -148,7 +160,7 @@ def run(
         return dq, dk, dv
 
     # a tile of means meets every query, so the queries are split until the device is full
-    meta = shared(config(KEY_CONFIGS, block_q, NK, D, dtype))
+    meta = shared(config(KEY_CONFIGS, block_q, NK, query))
     tiles = -(-NK // meta["BN"])
     splits = max(1, min(NQ, PROGRAMS // (tiles * B * Hk)))
     dk_mean, dv_mean = (

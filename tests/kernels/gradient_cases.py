@@ -42,7 +42,7 @@ def bounds(args: dict, grad: Tensor, grad_lse: Tensor | None, eps: float) -> lis
     """How far each entry of each gradient may be from the truth, all in float64.
 
     Rounded once to the inputs' dtype, half an `eps` each: the probabilities of the forward and the
-    backward, the output, the gradients of scores, the result. Scores, LSE and every sum are float32,
+    backward, the output, the gradients of scores, the result. Scores, LSE and sums are float32,
     a sum of n terms goes through n / 16 + 16 additions that may truncate.
     """
     q, k, v = (args[name].nan_to_num().double().transpose(1, 2) for name in NAMES[:3])
@@ -98,7 +98,9 @@ def check_gradients(args: dict, impl: str, with_lse: bool = True) -> dict[str, f
     with poisoned():
         found = gradients(args, impl, grad, grad_lse)
         again = gradients(args, impl, grad, grad_lse)
-    allowed = bounds(args, grad, grad_lse, torch.finfo(args["query"].dtype).eps)
+    # Triton's interpreter cuts bfloat16 off where hardware rounds
+    cut = impl == "triton" and not grad.is_cuda and grad.dtype == torch.bfloat16
+    allowed = bounds(args, grad, grad_lse, torch.finfo(grad.dtype).eps * (2 if cut else 1))
     shares = {}
     for name, x, twice, true, low, bound in zip(
         NAMES, found, again, truth, eager, allowed, strict=False

@@ -11,12 +11,13 @@ import torch
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_cases():
+@pytest.mark.parametrize("file", ("triton_cases.py", "triton_backward_cases.py"))
+def test_triton_cases(file):
     # triton decides at import whether to interpret, and another test may have imported it already
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    cases = Path(__file__).with_name("triton_cases.py")
+    cases = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)

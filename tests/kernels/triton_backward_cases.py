@@ -21,8 +21,9 @@ pytestmark = pytest.mark.skipif(
 
 def small():
     """Each option alone and all together, in shapes an interpreter can walk."""
-    for dtype, dim in itertools.product(DTYPES, (64, 72, 80, 96, 128, 256)):
-        yield Case(1, 2, 1, 21, 35, dim, 16, 16, dtype, True, tail=True, seed=dim)
+    for i, dim in enumerate((64, 72, 80, 96, 128, 256)):
+        for dtype in (DTYPES[i % 3], DTYPES[(i + 1) % 3]):
+            yield Case(1, 2, 1, 19, 27, dim, 16, 16, dtype, True, tail=True, seed=dim)
     yield Case(queries=32, keys=32)
     yield Case(queries=32, keys=32, all_kept=True, tail=True)
     yield Case(queries=33, keys=48, block_q=20, block_k=24, strided=True)
