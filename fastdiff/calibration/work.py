@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """A folder of finished parts. None keeps nothing.
+    """A folder of finished parts. None keeps them in memory only.
 
     settings: what the parts were made with; another search in the same folder is refused.
     """
 
     folder: Path | None
     settings: dict[str, Any]
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.folder is None:
@@ -42,16 +43,15 @@ class Work:
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """The part called `name`: read where it is finished, else made and kept."""
         if self.folder is None:
-            return make()
+            if name not in self._made:
+                self._made[name] = make()
+            return self._made[name]
         path = self.folder / f"{name}.pt"
         if path.is_file():
             return torch.load(path, weights_only=True)
         found = make()
         _atomic(path, lambda part: torch.save(found, part))
         return found
-
-    def has(self, name: str) -> bool:
-        return self.folder is not None and (self.folder / f"{name}.pt").is_file()
 
     def done(self) -> None:
         """The search is finished: its parts go."""
