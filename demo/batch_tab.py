@@ -126,7 +126,7 @@ class BatchTab:
                     self._house.limits.seconds)
 
             async for state, made in told(self._house, ask):
-                found: dict[Any, Any] = {self.live: gr.HTML(state, visible=bool(state))}
+                found: dict[Any, Any] = {self.live: state}
                 yield found if made is None else {**found, **self._result(made)}
 
         gr.on(self.go.click, batch, [self.prompts, self.kind, self.seeds, self.steps,
@@ -142,7 +142,7 @@ class BatchTab:
         told_ = live.note(f"{len(made.files)} made" + (f", {len(made.failed)} failed: "
                           f"{'; '.join(made.failed)}" if made.failed else "."))
         shown = [(str(path), path.stem.rpartition("-")[0]) for path in made.files]
-        return {self.live: gr.HTML(told_, visible=True),
+        return {self.live: told_,
                 self.gallery: gr.Gallery(shown, visible=True),
                 self.archive: gr.File(str(made.archive), visible=True)}
 

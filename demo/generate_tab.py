@@ -164,7 +164,7 @@ class GenerateTab:
             user = str(request.session_hash)
             async for state, entry in told(
                     self._house, lambda: self._house.ask(user, self.wish(sent))):
-                found = {self.live: gr.HTML(state, visible=bool(state))}
+                found = {self.live: state}
                 yield found if entry is None else {**found, **self._result(entry, request)}
 
         run.__name__ = self.kind

@@ -43,10 +43,12 @@ def progress(ticket: Ticket, before: int) -> str:
 
 
 def ending(ticket: Ticket) -> str:
-    """A job that is over without a result."""
+    """A job that is over."""
     if ticket.state == STOPPED:
         return note("Stopped. Nothing was written.")
-    return problem(ticket.problem) if ticket.state == FAILED else ""
+    if ticket.state == FAILED:
+        return problem(ticket.problem)
+    return note(f"Done in {ticket.elapsed:.0f} s.")
 
 
 def note(text: str) -> str:

@@ -119,7 +119,7 @@ class MasksTab:
                     self._house.limits.seconds)
 
             async for state, recording in told(self._house, ask):
-                found: dict[Any, Any] = {self.live: gr.HTML(state, visible=bool(state))}
+                found: dict[Any, Any] = {self.live: state}
                 if recording is not None:
                     self._keep(user, recording)
                     found |= self._open(recording)
@@ -131,7 +131,9 @@ class MasksTab:
 
         def draw(request: gr.Request, *chosen: Any) -> dict[Any, Any]:
             recording = self._of(request)
-            return {} if recording is None else self._draw(recording, *chosen)
+            if recording is None:
+                return {self.query: gr.skip()}
+            return self._draw(recording, *chosen)
 
         for part in shown:
             part.input(draw, shown, drawn, show_progress="hidden", trigger_mode="always_last",
@@ -140,12 +142,14 @@ class MasksTab:
         def click(request: gr.Request, event: gr.SelectData, *chosen: Any) -> dict[Any, Any]:
             recording = self._of(request)
             if recording is None:
-                return {}
+                return {self.query: gr.skip()}
             place = _place(recording, *chosen[:3])
             x, y = event.index
             tile = mask_picture.sheet(place, recording.frames).tile_at(x, y)
             name, layer, step, head, _ = chosen
-            return {} if tile is None else self._draw(recording, name, layer, step, head, tile)
+            if tile is None:
+                return {self.query: gr.skip()}
+            return self._draw(recording, name, layer, step, head, tile)
 
         for picture in (self.kept, self.mass):
             picture.select(click, shown, drawn, show_progress="hidden", api_visibility="private")
@@ -176,7 +180,7 @@ class MasksTab:
         notes += ["Recording ended early, for memory."] * recording.full
         heads = list(range(place.mass.shape[0]))
         chosen = {
-            self.live: gr.HTML(live.note(" ".join(notes)), visible=bool(notes)),
+            self.live: live.note(" ".join(["Recorded.", *notes])),
             self.view: gr.Column(visible=True), self.method: gr.Radio(names, value=names[0]),
             self.layer: gr.Dropdown(layers, value=layer),
             self.step: gr.Dropdown([(str(n + 1), n) for n in steps], value=step),

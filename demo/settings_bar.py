@@ -30,15 +30,16 @@ class SettingsBar:
         try:
             wish = find()
             if wish is None:
-                return {}
+                # gradio takes an empty dict for one value
+                return {self._tabs: gr.skip()}
             wish.check(self._house.limits)
             self._house.renderer.settings(wish)
             tab = self._made[wish.kind]
             fields = {**tab.show(wish), **self._panel.show(wish.plan)}
         except Exception as error:
-            return {first.live: gr.HTML(live.problem(sentence(error)[0]), visible=True)}
+            return {first.live: live.problem(sentence(error)[0])}
         return {self._tabs: gr.Tabs(selected=wish.kind), **fields,
-                tab.live: gr.HTML(live.note(told), visible=True)}
+                tab.live: live.note(told)}
 
     def upload(self) -> None:
         """A button that takes a settings file: read as JSON, at once, and nothing else."""

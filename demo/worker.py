@@ -38,6 +38,7 @@ class Ticket:
         self.result: Any = None
         self.problem = ""
         self.began: float | None = None
+        self.ended_at: float | None = None
         self.over = threading.Event()
         self.ended = threading.Event()
 
@@ -64,12 +65,14 @@ class Ticket:
 
     @property
     def elapsed(self) -> float:
-        return 0.0 if self.began is None else time.monotonic() - self.began
+        """Seconds since it began to run, at most until its end."""
+        end = self.ended_at or time.monotonic()
+        return 0.0 if self.began is None else end - self.began
 
     def close(self, state: str) -> None:
         self.preview = None
         self.work = _nothing
-        self.state = state
+        self.state, self.ended_at = state, time.monotonic()
         self.over.set()
 
 
