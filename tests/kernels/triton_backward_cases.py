@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import DTYPES, HEAD_DIMS, Case
-from gradient_cases import check_gradients
+from gradient_cases import check_gradients, gradients, towards
 
 from fastdiff.kernels.block_sparse_attention import implementations
 from fastdiff.kernels.block_sparse_attention.triton_backward import transposed
@@ -30,7 +30,7 @@ def small():
     yield Case(2, 4, 2, 40, 40, 16, 16, 16, torch.float32, True, True, True, seed=2)
     yield Case(2, 2, 2, 40, 40, 16, 16, 16, torch.float32, False, True, False, seed=3)
     # blocks wider than the kernels' tiles, and blocks of a single token
-    yield Case(queries=200, keys=150, dim=16, heads=1, kv_heads=1, block_q=200, block_k=150)
+    yield Case(queries=140, keys=70, dim=16, heads=1, kv_heads=1, block_q=140, block_k=70)
     yield Case(queries=5, keys=7, dim=16, block_q=1, block_k=2, ragged=True, tail=True)
 
 
@@ -54,11 +54,17 @@ def test_without_a_gradient_of_lse():
     check_gradients(Case(queries=20, keys=40, tail=True).build(DEVICE), "triton", with_lse=False)
 
 
+def test_repeating_gives_the_same_bits():
+    args = Case(queries=40, keys=40, dim=16, masked=True, tail=True).build(DEVICE)
+    first, second = (gradients(args, "triton", *towards(args)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 def test_split_tail_adds_up(monkeypatch):
     from fastdiff.kernels.block_sparse_attention import triton_backward
 
-    args = Case(1, 2, 1, 90, 60, 16, 16, 16, ragged=True, tail=True, seed=4).build(DEVICE)
-    for programs in (1, 5, 1000):
+    args = Case(1, 2, 1, 40, 30, 16, 16, 16, ragged=True, tail=True, seed=4).build(DEVICE)
+    for programs in (1, 1000):
         monkeypatch.setattr(triton_backward, "PROGRAMS", programs)
         check_gradients(args, "triton")
 
