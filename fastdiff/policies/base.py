@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
 from fastdiff.clock import StepClock
-from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, tiling
+from fastdiff.layout import Grid, Tiling, TokenLayout, even_blocks, tiling
 from fastdiff.method import Host, Method
 from fastdiff.method import check as _check
 from fastdiff.policies.calibrated import Calibration
@@ -59,7 +59,7 @@ class Policy(Method):
     dense_steps: first steps that stay dense; an int counts steps, a float is a fraction of them.
         More dense steps cost time and keep the picture nearer to stock.
     dense_layers: first layers that stay dense.
-    tile: tokens of a tile as (frames, height, width); None picks one from the grid.
+    tile: tokens of a tile as (frames, height, width); None cuts box-like blocks of even size.
     tail: skipped blocks still enter the softmax through their mean key and mean value.
     sink: leading frames of a clip that every query keeps exactly; None keeps the first frame where
         that takes at most a quarter of `density` (measured: docs/tile-sparse.md).
@@ -144,13 +144,14 @@ class Policy(Method):
         return None
 
     def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
-        """The blocks of this sequence: tiles of 64 tokens, of 128 on a GPU for long sequences."""
-        size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
-        tile = self.tile or auto_tile(layout.grid, size)
+        """The blocks of this sequence: of 64 tokens, of 128 on a GPU for long sequences."""
         sink = self.sink
         if sink is None:
             sink = int(layout.grid[0] * self.density >= 4)
-        return tiling(layout, tile, sink, query.device)
+        if self.tile is not None:
+            return tiling(layout, self.tile, sink, query.device)
+        size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
+        return even_blocks(layout, size, sink, query.device)
 
     def stays_dense(self, layout: TokenLayout, device: str, context: Context) -> str | None:
         """Why this call is dense by the user's own settings, or None."""

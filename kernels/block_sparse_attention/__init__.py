@@ -11,13 +11,14 @@ from torch import Tensor
 
 from . import backward
 
-__all__ = ["block_sparse_attention", "implementations", "probe"]
+__all__ = ["block_sparse_attention", "chosen", "implementations", "probe"]
 
 Tail = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # name -> module, most wanted first; "auto" walks AUTO in this order
-IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
-AUTO = ("triton", "torch")
+IMPLEMENTATIONS = {"gluon": ".gluon_impl", "triton": ".triton_impl", "torch": ".torch_impl",
+                   "reference": ".reference"}
+AUTO = ("gluon", "triton", "torch")
 
 
 def block_sparse_attention(
@@ -62,7 +63,8 @@ def block_sparse_attention(
         scale = 1 / math.sqrt(query.shape[-1])
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    module = _choose(impl, query.device, query.dtype, query.shape[-1])
+    module = _module(chosen(query, key, value, block_q=block_q, block_k=block_k,
+                            key_mask=key_mask, tail=tail, impl=impl))
     wanted = backward.wanted(query, key, value, tail)
     run = backward.differentiable(module) if wanted else module.run
     output, lse = run(
@@ -83,6 +85,35 @@ def block_sparse_attention(
     return (output, lse) if return_lse else output
 
 
+def chosen(
+    query: Tensor, key: Tensor, value: Tensor, *, block_q: int, block_k: int,
+    key_mask: Tensor | None = None, tail: Tail | None = None, impl: str = "auto",
+) -> str:
+    """The implementation that `block_sparse_attention` takes for this call.
+
+    Raises ValueError, with every reason, where none can run it. A name is taken at its word.
+    """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    device, dtype, head_dim = query.device, query.dtype, query.shape[-1]
+    refused = {}
+    for name in AUTO if impl == "auto" else (impl,):
+        # an interpreted kernel on the CPU is for tests, so only its own name selects it
+        if impl == "auto" and name != "torch" and device.type == "cpu":
+            continue
+        reasons = _module(name).not_supported_reasons(device, dtype, head_dim)
+        refusal = getattr(_module(name), "refusal", None)
+        if not reasons and refusal is not None:
+            told = refusal(query, key, value, block_q=block_q, block_k=block_k,
+                           key_mask=key_mask, tail=tail)
+            reasons = [told] if told else []
+        if not reasons:
+            return name
+        refused[name] = reasons
+    told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise ValueError(f"no implementation for {device}, {dtype}, head_dim={head_dim} ({told})")
+
+
 def implementations(
     device: torch.device | str, dtype: torch.dtype, head_dim: int
 ) -> dict[str, list[str]]:
@@ -96,39 +127,33 @@ def implementations(
 
 def probe(impl: str, device: torch.device | str) -> str | None:
     """Run a tiny case with `impl` on `device`; None when it is right, else what went wrong."""
+    # the Hopper kernel takes half precision and large query blocks only
+    block, dtype, most = (128, torch.float16, 5e-3) if impl == "gluon" else (
+        16, torch.float32, 1e-4)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 48, 2, 32, generator=generator).to(device) for _ in range(3))
-    offsets = torch.tensor([0, 16, 32, 48], dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(1, 3 * block, 2, 32, generator=generator).to(device, dtype)
+               for _ in range(3))
+    offsets = torch.tensor([0, 1, 2, 3], dtype=torch.int32, device=device) * block
     indices = torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32, device=device)
     indices = indices.expand(1, 2, 3, 2).contiguous()
     counts = torch.tensor([2, 1, 2], dtype=torch.int32, device=device).expand(1, 2, 3).contiguous()
-    args = (q, k, v, indices, counts, offsets, offsets)
+
+    def run(name: str, *qkv: Tensor) -> Tensor:
+        found = block_sparse_attention(*qkv, indices, counts, offsets, offsets, block_q=block,
+                                       block_k=block, impl=name)
+        return found[0] if isinstance(found, tuple) else found
+
     try:
-        found = block_sparse_attention(*args, block_q=16, block_k=16, impl=impl)
+        found = run(impl, q, k, v)
     except Exception as error:  # a probe reports whatever a compiler or driver throws
         return f"{type(error).__name__}: {error}"
-    wanted = block_sparse_attention(*args, block_q=16, block_k=16, impl="reference")
+    wanted = run("reference", q.float(), k.float(), v.float())
     error = (found - wanted).abs().max().item()
-    return None if error < 1e-4 else f"wrong result, largest error {error:.3g}"
+    return None if error < most else f"wrong result, largest error {error:.3g}"
 
 
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)
-
-
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    refused = {}
-    for name in AUTO if impl == "auto" else (impl,):
-        # an interpreted kernel on the CPU is for tests, so only its own name selects it
-        if impl == "auto" and name != "torch" and device.type == "cpu":
-            continue
-        refused[name] = _module(name).not_supported_reasons(device, dtype, head_dim)
-        if not refused[name]:
-            return _module(name)
-    told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise ValueError(f"no implementation for {device}, {dtype}, head_dim={head_dim} ({told})")
 
 
 def _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail) -> None:

@@ -1,0 +1,174 @@
+"""Block-sparse attention on Hopper GPUs through Gluon: TMA, wgmma and warp specialisation."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (16, 128)
+BLOCKS = 128
+ROWS = 64
+
+# padded head dim -> key tile, K/V stages, Q buffers, ping-pong
+CONFIGS = {
+    64: {"BN": 128, "ST": 4, "QST": 2, "PINGPONG": False},
+    128: {"BN": 128, "ST": 2, "QST": 2, "PINGPONG": False},
+}
+
+
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return [f"device {device} is not an NVIDIA GPU"]
+    reasons = []
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        reasons.append("not a Hopper GPU (compute capability 9)")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1] or head_dim % 8:
+        reasons.append(f"head_dim {head_dim} is not a multiple of 8 in {HEAD_DIMS}")
+    return reasons or [reason for reason in (broken(device),) if reason]
+
+
+@functools.cache
+def broken(device: torch.device) -> str | None:
+    """Why the kernel does not compile, or miscalculates, on this device and this triton."""
+    if torch.cuda.is_current_stream_capturing():
+        return "first used while a CUDA graph is captured"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 256, 1, 64, generator=generator).to(device, torch.float16)
+               for _ in range(3))
+    offsets = torch.tensor([0, 128, 256], dtype=torch.int32, device=device)
+    indices = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=device)[None, None]
+    counts = torch.tensor([[[2, 1]]], dtype=torch.int32, device=device)
+    try:
+        found, _ = run(q, k, v, indices, counts, offsets, offsets, block_q=128, block_k=128,
+                       key_mask=None, tail=None, scale=0.125, return_lse=False)
+    except Exception as error:  # whatever a compiler or driver throws is a reason
+        return f"{type(error).__name__}: {error}"
+    q, k, v = (x.float()[:, :, 0] for x in (q, k, v))
+    scores = q @ k.mT * 0.125
+    scores[:, 128:, :128] = -torch.inf
+    error = (scores.softmax(-1) @ v - found[:, :, 0].float()).abs().max().item()
+    return None if error < 0.01 else f"wrong result on this device, largest error {error:.3g}"
+
+
+def refusal(
+    query: Tensor, key: Tensor, value: Tensor, *, block_q: int, block_k: int,
+    key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    if key_mask is not None:
+        return "a key mask"
+    if not ROWS < block_q <= BLOCKS:
+        # one warpgroup alone was no faster than plain Triton
+        return f"query blocks of {block_q} tokens: accepted are {ROWS + 1} to {BLOCKS}"
+    if block_k > BLOCKS:
+        return f"key blocks above {BLOCKS} tokens"
+    for x in (query, key, value, *(() if tail is None else tail[:2])):
+        if x.data_ptr() % 16 or any(n * x.element_size() % 16 for n in x.stride()[:3]):
+            return "rows that do not start at multiples of 16 bytes"
+    return None
+
+
+def config(block_k: int, head_dim: int) -> dict[str, Any]:
+    """Compile-time settings: one per head dim, no tuning at run time."""
+    BD = 64 if head_dim <= 64 else 128
+    SUB = max(16, 1 << (block_k - 1).bit_length())
+    return {**CONFIGS[BD], "BD": BD, "NC": 2, "SUB": SUB,
+            "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def run(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
+    query_offsets: Tensor, key_offsets: Tensor, *, block_q: int, block_k: int,
+    key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
+    return_lse: bool, **changes: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One program per (batch, head, query block), heads outermost so that K and V stay in L2."""
+    from .gluon_kernel import block_sparse_attention_hopper_kernel as kernel
+
+    told = refusal(query, key, value, block_q=block_q, block_k=block_k, key_mask=key_mask,
+                   tail=tail)
+    if told is not None:
+        raise ValueError(f"the gluon implementation does not take {told}")
+    B, SQ, H, D = query.shape
+    output = torch.empty(B, SQ, H, D, dtype=query.dtype, device=query.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty(B, H, SQ, dtype=torch.float32, device=query.device)
+    if output.numel() == 0:
+        return output, lse
+    args, settings, programs = arguments(
+        query, key, value, indices.contiguous(), counts.contiguous(), query_offsets, key_offsets,
+        output, lse, block_q=block_q, block_k=block_k, tail=tail, scale=scale, **changes)
+    kernel[(programs,)](*args, **settings)
+    return output, lse
+
+
+@functools.lru_cache(maxsize=32)
+def _layout(rows: int, BD: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, BD], element)
+
+
+def _descriptor(x: Tensor, rows: int, BD: int) -> Any:
+    """A tensor map of [B, S, H, D] whose box is `rows` tokens of one head."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(
+        x, list(x.shape), list(x.stride()), [1, rows, 1, BD], _layout(rows, BD, x.dtype))
+
+
+def arguments(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
+    query_offsets: Tensor, key_offsets: Tensor, output: Tensor, lse: Tensor | None, *,
+    block_q: int, block_k: int, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
+    order: Tensor | None = None, programs: int | None = None, **changes: Any,
+) -> tuple[tuple, dict[str, Any], int]:
+    """(arguments, compile-time settings, programs) of one launch."""
+    B, SQ, H, D = query.shape
+    SKV, HK = key.shape[1:3]
+    NQ, NK = query_offsets.numel() - 1, key_offsets.numel() - 1
+    meta = {**config(block_k, D), **changes}
+    BD, BN, SUB = meta.pop("BD"), meta["BN"], meta["SUB"]
+    full_q, full_k = NQ * block_q == SQ, NK * block_k == SKV
+    # blocks of at most block_q tokens: when only the last can be short, offsets say nothing new
+    equal_q = block_q == meta["NC"] * ROWS and full_q
+    equal_k = block_k == SUB and full_k
+    if tail is None:
+        pooled, tiles = (key, value), 0
+        weight = keep = query_offsets
+    else:
+        pooled = tuple(x.transpose(1, 2) for x in tail[:2])
+        weight, keep = tail[2].log2(), tail[3].contiguous().view(torch.uint8)
+        tiles = -(-NK // BN)
+    work = B * H * NQ
+    args = (
+        _descriptor(query, ROWS, BD), _descriptor(key, SUB, BD), _descriptor(value, SUB, BD),
+        _descriptor(output, ROWS, BD), _descriptor(pooled[0], SUB, BD),
+        _descriptor(pooled[1], SUB, BD),
+        indices, counts, counts if order is None else order,
+        torch.zeros(1, dtype=torch.int32, device=query.device), query_offsets, key_offsets, weight,
+        keep, output, output if lse is None else lse, *output.stride()[:3],
+        SQ, SKV, H, H // HK, NQ, NK, indices.shape[-1], work, tiles,
+        # the kernel's exponentials are powers of two
+        scale * 1.4426950408889634,
+    )
+    kwargs = dict(
+        meta, EQUAL_Q=equal_q, EQUAL_K=equal_k, MASK=not equal_k or SUB < BN,
+        USE_TAIL=tail is not None, USE_ORDER=order is not None, USE_LSE=lse is not None, D=D,
+        num_warps=4, maxnreg=168,
+    )
+    return args, kwargs, min(work, programs or _multiprocessors(query.device))

@@ -1,0 +1,408 @@
+"""The Hopper kernel of block-sparse attention, in Gluon; importing this file imports triton.
+
+One program holds a query tile of NC x 64 rows. A producer warp fetches tiles of K and V by TMA, NC
+consumer warpgroups of 64 rows each run QK(j) on the tensor cores while PV(j - 1) is still under
+way, and the softmax of j in its shadow. Barriers come in pairs (full, empty) for each buffer.
+
+A key tile of BN rows is gathered from R = BN / SUB list entries. With USE_TAIL the tiles of pooled
+keys come first, then the listed blocks, in one softmax.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+SIZES = ["SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M", "WORK", "TAIL_TILES"]
+# stands for minus infinity, and what no real score falls below
+LOWEST = gl.constexpr(-1e30)
+NOTHING = gl.constexpr(-1e20)
+
+
+@gluon.jit
+def _place(w, order, NQ, H, USE_ORDER: gl.constexpr):
+    """Work item -> (batch, head, query block, row of the lists); heads outermost, K stays in L2."""
+    if USE_ORDER:
+        w = gl.load(order + w)
+    i_bh = w // NQ
+    return i_bh // H, i_bh % H, w % NQ, w
+
+
+@gluon.jit
+def _shift(m, GUARD: gl.constexpr):
+    """What to take off the scores; a row that has seen no key yet keeps exp2(LOWEST) at zero."""
+    if GUARD:
+        return gl.where(m > NOTHING, m, 0.0)
+    else:
+        return m
+
+
+@gluon.jit
+def _read(box):
+    """The work item that the producer took, known to every thread of a warpgroup."""
+    return gl.max(box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _exact_tiles(n_kept, R: gl.constexpr, USE_TAIL: gl.constexpr):
+    # without a tail a row of no keys still walks one tile, of which every column is masked
+    n = (n_kept + R - 1) // R
+    if not USE_TAIL:
+        n = gl.maximum(n, 1)
+    return n
+
+
+@gluon.jit
+def _query_start(i_q, q_offsets, BM: gl.constexpr, EQUAL_Q: gl.constexpr):
+    if EQUAL_Q:
+        return i_q * BM
+    else:
+        return gl.load(q_offsets + i_q)
+
+
+@gluon.jit
+def _entry(p_list, e, n_kept, k_offsets, SKV, SUB: gl.constexpr, EQUAL_K: gl.constexpr):
+    """First key row of list entry `e`; beyond the list a row outside K, which TMA reads as zero."""
+    i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
+    if EQUAL_K:
+        start = i_k * SUB
+    else:
+        start = gl.load(k_offsets + i_k)
+    return gl.where(e < n_kept, start, SKV)
+
+
+@gluon.jit
+def _producer(
+    descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
+    NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
+    MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr,
+    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
+    q_smem, k_smem, v_smem, box = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o_ptr, lse, strides = \
+        lists
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
+    R: gl.constexpr = BN // SUB
+    BYTES: gl.constexpr = k_desc.block_type.nbytes * R
+    i_kv = 0
+    i_work = 0
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    w = gl.program_id(0)
+    while w < WORK:
+        i_b, i_h, i_q, i_row = _place(w, order, NQ, H, USE_ORDER)
+        i_kh = i_h // GROUPS
+        n_kept = gl.load(counts + i_row)
+        p_list = indices + i_row.to(gl.int64) * M
+        q_start = _query_start(i_q, q_offsets, NC * 64, EQUAL_Q)
+        i_qst = i_work % QST
+        mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
+        box.index(i_qst).store(gl.full([1], w, gl.int32, one))
+        mbarrier.expect(q_full.index(i_qst), q_desc.block_type.nbytes * NC)
+        for c in gl.static_range(NC):
+            tma.async_copy_global_to_shared(
+                q_desc, [i_b, q_start + c * 64, i_h, 0], q_full.index(i_qst),
+                q_smem.index(i_qst * NC + c))
+        i_work += 1
+        if USE_TAIL:
+            for j in range(0, TAIL_TILES):
+                st = i_kv % ST
+                phase = ((i_kv // ST) & 1) ^ 1
+                mbarrier.wait(k_empty.index(st), phase)
+                mbarrier.expect(k_full.index(st), BYTES)
+                for r in gl.static_range(R):
+                    tma.async_copy_global_to_shared(
+                        km_desc, [i_b, j * BN + r * SUB, i_kh, 0], k_full.index(st),
+                        k_smem.index(st).slice(r * SUB, SUB, 1))
+                mbarrier.wait(v_empty.index(st), phase)
+                mbarrier.expect(v_full.index(st), BYTES)
+                for r in gl.static_range(R):
+                    tma.async_copy_global_to_shared(
+                        vm_desc, [i_b, j * BN + r * SUB, i_kh, 0], v_full.index(st),
+                        v_smem.index(st).slice(r * SUB, SUB, 1))
+                i_kv += 1
+        for j in range(0, _exact_tiles(n_kept, R, USE_TAIL)):
+            st = i_kv % ST
+            phase = ((i_kv // ST) & 1) ^ 1
+            mbarrier.wait(k_empty.index(st), phase)
+            mbarrier.expect(k_full.index(st), BYTES)
+            for r in gl.static_range(R):
+                start = _entry(p_list, j * R + r, n_kept, k_offsets, SKV, SUB, EQUAL_K)
+                tma.async_copy_global_to_shared(
+                    k_desc, [i_b, start, i_kh, 0], k_full.index(st),
+                    k_smem.index(st).slice(r * SUB, SUB, 1))
+            mbarrier.wait(v_empty.index(st), phase)
+            mbarrier.expect(v_full.index(st), BYTES)
+            for r in gl.static_range(R):
+                start = _entry(p_list, j * R + r, n_kept, k_offsets, SKV, SUB, EQUAL_K)
+                tma.async_copy_global_to_shared(
+                    v_desc, [i_b, start, i_kh, 0], v_full.index(st),
+                    v_smem.index(st).slice(r * SUB, SUB, 1))
+            i_kv += 1
+        # whoever is done takes the next item: rows differ in length
+        w = gl.num_programs(0) + gl.atomic_add(taken, 1)
+    i_qst = i_work % QST
+    mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
+    box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))
+    mbarrier.arrive(q_full.index(i_qst), count=1)
+
+
+@gluon.jit
+def _row_sum(p, BN: gl.constexpr):
+    """Sums over the columns that a thread owns, [64, 4]: no shuffles until the very end."""
+    return gl.sum(gl.sum(p.reshape([64, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _mask_exact(
+    s, j, p_list, n_kept, k_offsets, SKV, BN: gl.constexpr, SUB: gl.constexpr,
+    EQUAL_K: gl.constexpr, sl: gl.constexpr,
+):
+    """Columns beyond the end of their block, of the list, or of K count for nobody."""
+    col = gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
+    if SUB == BN:
+        i_k = gl.load(p_list + j, mask=j < n_kept, other=0)
+        if EQUAL_K:
+            length = SKV - i_k * SUB
+        else:
+            length = gl.load(k_offsets + i_k + 1) - gl.load(k_offsets + i_k)
+        length = gl.where(j < n_kept, length, 0)
+        if length < BN:
+            s = gl.where((col < length)[None, :], s, LOWEST)
+    else:
+        e = j * (BN // SUB) + col // SUB
+        i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
+        if EQUAL_K:
+            length = SKV - i_k * SUB
+        else:
+            length = gl.load(k_offsets + i_k + 1) - gl.load(k_offsets + i_k)
+        length = gl.where(e < n_kept, length, 0)
+        s = gl.where((col % SUB < length)[None, :], s, LOWEST)
+    return s
+
+
+@gluon.jit
+def _adjust(
+    s, j, row, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, EQUAL_K: gl.constexpr,
+    MASK: gl.constexpr, USE_TAIL: gl.constexpr, sl: gl.constexpr,
+):
+    """Raise pooled keys by the log of their weight; LOWEST for what must not count."""
+    i_b, i_row, n_kept, p_list = row
+    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o_ptr, lse, strides = \
+        lists
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
+    if USE_TAIL:
+        if j < TAIL_TILES:
+            col = j * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
+            raised = gl.load(log_weight + i_b * NK + col, mask=col < NK, other=LOWEST) / scale
+            kept = gl.load(keep + i_row.to(gl.int64) * NK + col, mask=col < NK, other=1)
+            s += gl.where(kept == 0, gl.maximum(raised, LOWEST), LOWEST)[None, :]
+        else:
+            if MASK:
+                s = _mask_exact(
+                    s, j - TAIL_TILES, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
+    elif MASK:
+        s = _mask_exact(s, j, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
+    return s
+
+
+@gluon.jit
+def _consumer(
+    descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
+    NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
+    MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr,
+    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
+    q_smem, k_smem, v_smem, box = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o_ptr, lse, strides = \
+        lists
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
+    BD: gl.constexpr = q_desc.block_type.shape[3]
+    R: gl.constexpr = BN // SUB
+    GUARD: gl.constexpr = MASK or USE_TAIL
+    dtype: gl.constexpr = q_desc.dtype
+    sl: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    ol: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BD, 16])
+    pl: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ol, k_width=2)
+    row_o: gl.constexpr = gl.SliceLayout(1, ol)
+    zero = gl.zeros([64, BN], gl.float32, sl)
+    i_kv = 0
+    i_work = 0
+    turn_phase = 0
+    mbarrier.wait(q_full.index(0), 0)
+    w = _read(box.index(0))
+    while w < WORK:
+        i_b, i_h, i_q, i_row = _place(w, order, NQ, H, USE_ORDER)
+        n_kept = gl.load(counts + i_row)
+        p_list = indices + i_row.to(gl.int64) * M
+        row = (i_b, i_row, n_kept, p_list)
+        n = TAIL_TILES + _exact_tiles(n_kept, R, USE_TAIL)
+        i_qst = i_work % QST
+        q_tile = q_smem.index(i_qst * NC + WG)
+        q = q_tile.reshape([64, BD])
+        i_work += 1
+
+        # the first tile: no PV to overlap with
+        st = i_kv % ST
+        phase = (i_kv // ST) & 1
+        mbarrier.wait(k_full.index(st), phase)
+        if PINGPONG:
+            mbarrier.wait(turn.index(WG), turn_phase)
+            turn_phase ^= 1
+        k = k_smem.index(st).reshape([BN, BD]).permute((1, 0))
+        s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        if PINGPONG:
+            mbarrier.arrive(turn.index((WG + 1) % NC), count=1)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(st), count=1)
+        s = _adjust(s, 0, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_TAIL, sl)
+        m = gl.max(s, 1) * scale
+        p = gl.exp2(s * scale - _shift(m, GUARD)[:, None])
+        l = _row_sum(p, BN)
+        p16 = gl.convert_layout(p.to(dtype), pl)
+        o = gl.zeros([64, BD], gl.float32, ol)
+        i_kv += 1
+        mbarrier.wait(k_full.index(i_kv % ST), (i_kv // ST) & 1, pred=n > 1)
+        for j in range(1, n):
+            before, before_phase = st, phase
+            st = i_kv % ST
+            phase = (i_kv // ST) & 1
+            if PINGPONG:
+                mbarrier.wait(turn.index(WG), turn_phase)
+                turn_phase ^= 1
+            k = k_smem.index(st).reshape([BN, BD]).permute((1, 0))
+            s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(before), before_phase)
+            o = warpgroup_mma(p16, v_smem.index(before).reshape([BN, BD]), o, is_async=True)
+            if PINGPONG:
+                mbarrier.arrive(turn.index((WG + 1) % NC), count=1)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(k_empty.index(st), count=1)
+            s = _adjust(s, j, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_TAIL, sl)
+            m_new = gl.maximum(m, gl.max(s, 1) * scale)
+            shift = _shift(m_new, GUARD)
+            alpha = gl.exp2(m - shift)
+            p = gl.exp2(s * scale - shift[:, None])
+            alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
+            l = l * alpha_l[:, None] + _row_sum(p, BN)
+            m = m_new
+            i_kv += 1
+            # this wait for the next K keeps the assembler from lifting the PV wait over the softmax
+            mbarrier.wait(k_full.index(i_kv % ST), (i_kv // ST) & 1, pred=j + 1 < n)
+            o, p16 = warpgroup_mma_wait(0, deps=(o, p16))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            o = o * gl.convert_layout(alpha, row_o)[:, None]
+            p16 = gl.convert_layout(p.to(dtype), pl)
+        if not EQUAL_Q:
+            mbarrier.arrive(q_empty.index(i_qst), count=1)
+        mbarrier.wait(v_full.index(st), phase)
+        o = warpgroup_mma(p16, v_smem.index(st).reshape([BN, BD]), o, is_async=True)
+        o, p16 = warpgroup_mma_wait(0, deps=(o, p16))
+        mbarrier.arrive(v_empty.index(st), count=1)
+
+        # a row that saw no key: zeros, and log 0
+        total = gl.sum(l, 1)
+        m_row = gl.convert_layout(m, row_o)
+        seen = m_row > NOTHING
+        b_l = gl.where(seen, gl.convert_layout(total, row_o), 1.0)
+        o = o * gl.where(seen, 1.0 / b_l, 0.0)[:, None]
+        q_start = _query_start(i_q, q_offsets, NC * 64, EQUAL_Q) + WG * 64
+        rows = q_start + gl.arange(0, 64, layout=row_o)
+        if EQUAL_Q:
+            q_end = SQ
+        else:
+            q_end = gl.load(q_offsets + i_q + 1)
+        if USE_LSE:
+            b_lse = gl.where(seen, (m_row + gl.log2(b_l)) * 0.6931471805599453, -float("inf"))
+            p_lse = lse + (i_b * H + i_h).to(gl.int64) * SQ + rows
+            gl.store(p_lse, b_lse, mask=rows < q_end)
+        if EQUAL_Q:
+            # through this warpgroup's own Q tile, which nobody reads any more, in one bulk store
+            q.store(o.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [i_b, q_start, i_h, 0], q_tile)
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(i_qst), count=1)
+        else:
+            sob, sos, soh = strides
+            cols = gl.arange(0, BD, layout=gl.SliceLayout(0, ol))
+            p_o = o_ptr + i_b.to(gl.int64) * sob + i_h.to(gl.int64) * soh
+            p_o = p_o + rows.to(gl.int64)[:, None] * sos + cols[None, :]
+            gl.store(p_o, o.to(dtype), mask=(rows < q_end)[:, None] & (cols < D)[None, :])
+        mbarrier.wait(q_full.index(i_work % QST), (i_work // QST) & 1)
+        w = _read(box.index(i_work % QST))
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def block_sparse_attention_hopper_kernel(
+    q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc,
+    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o, lse, sob, sos, soh,
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, scale,
+    BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, QST: gl.constexpr,
+    EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_TAIL: gl.constexpr,
+    USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):
+    BD: gl.constexpr = q_desc.block_type.shape[3]
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [NC * QST, 1, 64, 1, BD], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [ST, 1, BN, 1, BD], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [ST, 1, BN, 1, BD], v_desc.layout)
+    box = gl.allocate_shared_memory(gl.int32, [QST, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [QST, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [QST, 1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [ST, 1], bar)
+    turn = gl.allocate_shared_memory(gl.int64, [NC, 1], bar)
+    for i in gl.static_range(QST):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=NC)
+    for i in gl.static_range(ST):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=NC)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=NC)
+    for i in gl.static_range(NC):
+        mbarrier.init(turn.index(i), count=1)
+    fence_async_shared()
+    if PINGPONG:
+        mbarrier.arrive(turn.index(0), count=1)
+    # the argument tuples stand inline: bound to a name, their constexprs would become tensors
+    gl.warp_specialize([
+        (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
+                     (q_smem, k_smem, v_smem, box),
+                     (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
+                     (indices, counts, order, taken, q_offsets, k_offsets, log_weight,
+                      keep, o, lse, (sob, sos, soh)),
+                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_TAIL, USE_ORDER, USE_LSE, D, PINGPONG,
+                     0)),
+        (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
+                     (q_smem, k_smem, v_smem, box),
+                     (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
+                     (indices, counts, order, taken, q_offsets, k_offsets, log_weight,
+                      keep, o, lse, (sob, sos, soh)),
+                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_TAIL, USE_ORDER, USE_LSE, D, PINGPONG,
+                     1)),
+        (_producer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
+                     (q_smem, k_smem, v_smem, box),
+                     (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
+                     (indices, counts, order, taken, q_offsets, k_offsets, log_weight,
+                      keep, o, lse, (sob, sos, soh)),
+                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_TAIL, USE_ORDER, USE_LSE, D, PINGPONG,
+                     0)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
