@@ -180,9 +180,12 @@ def test_a_folder_that_cannot_be_is_refused(run):
 def test_stop_ends_at_the_next_step_and_loses_nothing_written(run):
     tasks = [task(i) for i in range(6)]
     stop = Event()
-    maker = FakeMaker(run.log)
-    hooks = api.Hooks(on_step=lambda step, of: len(run.calls()) == 3 and stop.set(), stop=stop,
-                      maker=maker)
+
+    def on_step(step: int, of: int) -> None:
+        if len(run.calls()) == 3:
+            stop.set()
+
+    hooks = api.Hooks(on_step=on_step, stop=stop, maker=FakeMaker(run.log))
     with pytest.raises(Stopped):
         api.run_tasks(tasks, run.folder, api.Options(batch_size=1), hooks)
     assert len(run.written()) == 2

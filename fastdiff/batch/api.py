@@ -98,8 +98,13 @@ def plan(
     return Planner(device).plan(grids.expand(start, grid, defaults or {}))
 
 
-def run_tasks(tasks: Sequence[Task], folder: Folder, options: Options, hooks: Hooks) -> Outcome:
-    """Run planned tasks in this process, or in several."""
+def run_tasks(
+    tasks: Sequence[Task], folder: Folder, options: Options, hooks: Hooks, lead: bool = True
+) -> Outcome:
+    """Run planned tasks in this process, or in several.
+
+    lead: False for one of several processes that another one waits for; that one writes the index.
+    """
     begin = time.monotonic()
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch_size={options.batch_size}: accepted is 1 or more")
@@ -119,10 +124,8 @@ def run_tasks(tasks: Sequence[Task], folder: Folder, options: Options, hooks: Ho
             # on a full disk there is nothing to be done about the index; the error says why
             with suppress(OSError):
                 watch.look(now=True)
-                index.write(folder, claims)
-                done, failed = folder.listing()
-                claims.sweep(lambda name: name in done or name in failed)
-                folder.tidy(done)
+                if lead:
+                    _put_in_order(folder, claims)
     finally:
         claims.close()
     results = [folder.result(task) for task in tasks]
@@ -133,6 +136,13 @@ def run_tasks(tasks: Sequence[Task], folder: Folder, options: Options, hooks: Ho
     hooks.on_event({"event": "end", "made": outcome.made, "skipped": outcome.skipped,
                     "failed": len(errors), "seconds": outcome.seconds, "ok": outcome.ok})
     return outcome
+
+
+def _put_in_order(folder: Folder, claims: Claims) -> None:
+    index.write(folder, claims)
+    done, failed = folder.listing()
+    claims.sweep(lambda name: name in done or name in failed)
+    folder.tidy(done)
 
 
 def _here(

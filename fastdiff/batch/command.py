@@ -49,8 +49,8 @@ def batch(
     (rank, _), _ = launch.place()
     if rank != 0:
         # of several that a launcher started, one speaks, and one tries again
-        outcome = api.run_tasks(tasks, folder, api.Options(
-            device, options.batch_size, command_line=command_line), api.Hooks())
+        api.run_tasks(tasks, folder, api.Options(
+            device, options.batch_size, command_line=command_line), api.Hooks(), lead=False)
         return
     with Display(quiet, as_json) as display:
         hooks = api.Hooks(display.event, display.step)
@@ -68,7 +68,7 @@ def _work(run: Path) -> None:
     options = api.Options(batch_size=content["batch_size"], lease=content["lease"],
                           command_line=content["command_line"])
     try:
-        api.run_tasks(tasks, folder, options, api.Hooks())
+        api.run_tasks(tasks, folder, options, api.Hooks(), lead=False)
     except (InputError, OSError) as error:
         # another start would end the same way
         part = run / f"error.{os.getpid()}"

@@ -6,6 +6,7 @@ dies. With one launch each, a dead worker costs its own jobs in flight, and is s
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,31 +95,33 @@ def workers(
         _supervise(several, run, watch, stop)
     finally:
         _end(several)
-    for path in run.iterdir():
-        path.unlink()
-    run.rmdir()
+        # where the workers could not go on, their logs stay to be read
+        if not isinstance(sys.exception(), RuntimeError):
+            shutil.rmtree(run)
 
 
 def _supervise(several: "list[_Process]", run: Path, watch: Watch, stop: Event) -> None:
-    while any(one.running for one in several):
+    while watch.left:
         time.sleep(0.1)
         before = watch.left
         watch.look()
         if stop.is_set():
             raise Stopped
+        if (run / "error").is_file():
+            raise InputError((run / "error").read_text(encoding="utf-8"))
         for one in several:
             if watch.left < before:
                 one.starts = 1
-            if (run / "error").is_file():
-                raise InputError((run / "error").read_text(encoding="utf-8"))
-            if not one.running and one.exit_code:
+            if not one.running and one.starts < _MOST_STARTS:
                 watch.look(now=True)
-                if watch.left and one.starts < _MOST_STARTS:
+                if watch.left:
                     one.start()
-    watch.look(now=True)
-    if watch.left:
-        raise RuntimeError(f"all workers ended with {watch.left} jobs left; the last words of "
-                           f"one: {several[0].last_words()} (logs in {str(run)!r})")
+        if not any(one.running for one in several):
+            watch.look(now=True)
+            if watch.left:
+                raise RuntimeError(
+                    f"all workers ended with {watch.left} jobs left; the last words of one: "
+                    f"{several[0].last_words()} (logs in {str(run)!r})")
 
 
 def _end(several: "list[_Process]") -> None:
@@ -139,15 +142,11 @@ class _Process:
     run: Path
     words: list[str]
     starts: int = 0
-    exit_code: int | None = None
     _process: subprocess.Popen | None = field(default=None)
 
     @property
     def running(self) -> bool:
-        if self._process is None:
-            return False
-        self.exit_code = self._process.poll()
-        return self.exit_code is None
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         self.starts += 1
