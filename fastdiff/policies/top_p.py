@@ -16,6 +16,8 @@ from fastdiff.policies.scoring import mean_mass, proxy_mass
 from fastdiff.policies.tile_sparse import forced, tile_mass
 
 SCORES = ("probes", "mean", "proxy")
+# bisection steps: tiles within 0.8 % of the last one are as good
+PASSES = 16
 # rows of a head that are sorted to find a share for a density
 SAMPLE = 64
 
@@ -34,11 +36,12 @@ class TopP(Policy):
         the mean query against mean keys (NABLA). "proxy": the best token pair of a mean head
         (ProxyAttn).
     probes: queries of a tile that vote, for "probes".
-    proxy_heads: heads that share one choice, for "proxy"; stride: it scores every so many tokens.
+    proxy_heads: neighbouring heads that share one choice, for "proxy".
+    proxy_stride: every so many tokens are scored, for "proxy".
 
-    Sources: Twilight (arXiv 2502.02770) for the rule, NABLA (arXiv 2507.13546) for "mean". Cost: the
-    scores, (tokens / tile)^2 entries a head, and 31 passes over them; "proxy" takes
-    (tokens / stride)^2 a group. Limits: the share is one of estimated mass, and estimates are
+    Sources: Twilight (arXiv 2502.02770) for the rule, NABLA (arXiv 2507.13546) for "mean". Cost:
+    the scores, (tokens / tile)^2 entries a head, and 16 passes over them; "proxy" scores
+    (tokens / proxy_stride)^2 pairs a group of heads. Limits: the share is one of estimated mass, and estimates are
     flatter than attention; NABLA's models are trained with their masks and add a local window.
     """
 
@@ -50,13 +53,13 @@ class TopP(Policy):
     score: str = "probes"
     probes: int = 8
     proxy_heads: int = 4
-    stride: int = 4
+    proxy_stride: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.p is None or 0 < self.p <= 1, "p", self.p, "a share over 0, at most 1")
         check(self.score in SCORES, "score", self.score, f"one of {', '.join(SCORES)}")
-        for knob in ("probes", "proxy_heads", "stride"):
+        for knob in ("probes", "proxy_heads", "proxy_stride"):
             check(getattr(self, knob) >= 1, knob, getattr(self, knob), "1 or more")
 
     def select(
@@ -67,7 +70,7 @@ class TopP(Policy):
 
     def _mass(self, query: Tensor, key: Tensor, tiles: Tiling) -> Tensor:
         if self.score == "proxy":
-            return proxy_mass(query, key, tiles, heads=self.proxy_heads, stride=self.stride)
+            return proxy_mass(query, key, tiles, heads=self.proxy_heads, stride=self.proxy_stride)
         key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
         if self.score == "probes":
             return tile_mass(query, key_mean, tiles, self.probes)
@@ -84,9 +87,8 @@ def keep_share(mass: Tensor, tiles: Tiling, p: float | None, density: float) -> 
         return torch.ones_like(mass, dtype=torch.bool)
     must = forced(tiles)
     held = mass.masked_fill(~must, 0).sum(-1, keepdim=True)
-    share = torch.as_tensor(p, device=mass.device) if p is not None else _share(
-        mass, held, must, tiles, density)
-    return must | best_mass(mass, ~must, (share - held).clamp_min(0), (3,))
+    share = p if p is not None else _share(mass, held, must, tiles, density)
+    return must | best_mass(mass, ~must, (share - held).clamp_min(0), (3,), PASSES)
 
 
 def _share(mass: Tensor, held: Tensor, must: Tensor, tiles: Tiling, density: float) -> Tensor:
