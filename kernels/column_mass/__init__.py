@@ -43,10 +43,8 @@ def column_mass(
     module = _choose(impl, query.device, query.dtype, query.shape[-1])
     if lse is None:
         lse = module.run(key, query, None, scale=scale)
-    if log_weight is None:
-        bias = -lse - math.log(query.shape[1])
-    else:
-        bias = log_weight - lse
+    uniform = -math.log(query.shape[1])
+    bias = (uniform if log_weight is None else log_weight) - lse
     return module.run(query, key, bias, scale=scale)
 
 

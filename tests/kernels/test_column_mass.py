@@ -56,7 +56,7 @@ def test_by_hand(impl):
     seed=st.integers(0, 99),
 )
 def test_equals_the_dense_product(queries, keys, heads, dim, weighted, strided, seed):
-    query, key = case(2, queries, keys, *heads, dim, torch.float64, seed, strided)
+    query, key = case(2, queries, keys, heads[0], heads[1], dim, torch.float64, seed, strided)
     s = torch.full((2, heads[0], queries), 1 / queries, dtype=torch.float64)
     if weighted:
         s = torch.rand(2, heads[0], queries, dtype=torch.float64) + 1e-3

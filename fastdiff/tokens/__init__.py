@@ -1,0 +1,1 @@
+"""Ways of working on fewer tokens: one file per method, found by its registered name."""

@@ -1,0 +1,133 @@
+"""What things cost on this machine: measured once, kept in a file, asked before tokens are cut."""
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# a gain below this share is noise
+MARGIN = 0.02
+
+
+class Verdict(NamedTuple):
+    """Seconds of one call, stock and ours."""
+
+    stock: float
+    ours: float
+
+    @property
+    def pays(self) -> bool:
+        return self.ours < self.stock * (1 - MARGIN)
+
+    def __str__(self) -> str:
+        return f"{self.ours * 1e3:.2f} ms, stock {self.stock * 1e3:.2f} ms"
+
+
+def verdict(
+    what: str, device: torch.device, dtype: torch.dtype, stock: Callable[[], Callable[[], Any]],
+    ours: Callable[[], Callable[[], Any]],
+) -> Verdict:
+    """Compare two computations on this machine. what: names the shapes; it is part of the key.
+
+    stock, ours: make the tensors and return the function to time; only called when the file does
+    not know the answer.
+    """
+    place = f"{_machine(device)}|{dtype}|{what}"
+    return Verdict(seconds(f"{place}|stock", device, stock), seconds(f"{place}|ours", device, ours))
+
+
+def seconds(key: str, device: torch.device, make: Callable[[], Callable[[], Any]]) -> float:
+    """Median seconds of the function that `make` returns, from the file or measured now."""
+    known = _known()
+    if key not in known:
+        with torch.no_grad():
+            known[key] = measure(make(), device)
+        _keep(key, known[key])
+    return known[key]
+
+
+def measure(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Median of some calls after two that warm up; fewer calls where one takes long."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        once = time.perf_counter() - begin
+    found = []
+    for _ in range(3 if once > 0.3 else repeats):
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        found.append(time.perf_counter() - begin)
+    return sorted(found)[len(found) // 2]
+
+
+def cache_folder() -> Path:
+    """FASTDIFF_CACHE, or the user's cache folder of this platform."""
+    if os.environ.get("FASTDIFF_CACHE"):
+        return Path(os.environ["FASTDIFF_CACHE"])
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "fastdiff"
+
+
+def forget() -> None:
+    """Measure everything anew from now on; the file stays."""
+    _known.cache_clear()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {os.cpu_count()} cores {torch.get_num_threads()} threads"
+    return f"{name}|torch {torch.__version__}"
+
+
+def _file() -> Path:
+    return cache_folder() / "costs-1.json"
+
+
+@functools.cache
+def _known() -> dict[str, float]:
+    return _read()
+
+
+def _read() -> dict[str, float]:
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and v > 0}
+
+
+def _keep(key: str, value: float) -> None:
+    """Add one line to the file; another process may have added others. A lost line costs time."""
+    path = _file()
+    content = json.dumps({**_read(), key: value}, indent=1, sort_keys=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".part",
+                                         encoding="utf-8") as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError:  # a read-only home: measured again in the next process
+        return

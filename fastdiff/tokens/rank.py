@@ -1,0 +1,78 @@
+"""Ranking of tokens by the attention they receive, and who stands in for the ones dropped."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.column_mass import column_mass, row_lse
+
+# most entries of a similarity matrix in memory at a time
+PAIRS = 1 << 24
+
+
+def page_rank(
+    query: Tensor, key: Tensor, iterations: int, scale: float | None = None
+) -> Tensor:
+    """Scores per head, float32 (float64) [B, H, S], of mean 1: s <- A^T s from uniform s.
+
+    iterations: how often. query, key: [B, S, H, D] of one self-attention A. One iteration is the
+    mean attention that a token receives; the fixed point weighs it by the score of who gives it.
+    """
+    lse = row_lse(query, key, scale=scale)
+    log_score = None
+    for _ in range(iterations):
+        log_score = column_mass(query, key, lse, log_score, scale=scale)
+    assert log_score is not None
+    return (log_score + math.log(query.shape[1])).exp()
+
+
+def aligned(score: Tensor, branches: int) -> Tensor:
+    """The mean over the guidance branches of a batch [branches * B, ...], given to each of them.
+
+    Different tokens for the two halves of classifier-free guidance would show as noise, because
+    guidance multiplies their difference.
+    """
+    if branches < 2 or score.shape[0] % branches:
+        return score
+    parts = score.unflatten(0, (branches, -1))
+    return parts.mean(0, keepdim=True).expand_as(parts).flatten(0, 1)
+
+
+def best(score: Tensor, count: int) -> Tensor:
+    """Positions of the `count` highest of [B, S], ascending, int64 [B, count]; ties: the first."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    return order[:, :count].sort(dim=1).values
+
+
+def rest_of(kept: Tensor, tokens: int) -> Tensor:
+    """The positions that are not in `kept` [B, K], ascending, int64 [B, tokens - K]."""
+    dropped = torch.ones(kept.shape[0], tokens, dtype=torch.int8, device=kept.device)
+    dropped.scatter_(1, kept, 0)
+    order = dropped.argsort(dim=1, descending=True, stable=True)
+    return order[:, : tokens - kept.shape[1]]
+
+
+def stand_ins(query: Tensor, key: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
+    """For every token the place in `kept` of the token that stands in for it, int64 [B, S].
+
+    A kept token stands in for itself. A dropped one is represented by the kept token that it
+    attends to most: the highest product of probabilities over the heads, which is the highest sum
+    of their logits, since a row's softmax denominators are the same for all columns.
+    query, key: [B, S, H, D]; kept: int64 [B, K], ascending.
+    """
+    batch, tokens = query.shape[:2]
+    scale = float(scale or query.shape[-1] ** -0.5)
+    dropped = rest_of(kept, tokens)
+    q, k = rows(query.flatten(2), dropped).mul_(scale), rows(key.flatten(2), kept)
+    step = max(1, PAIRS // max(1, batch * kept.shape[1]))
+    nearest = [torch.bmm(part, k.mT).argmax(-1) for part in q.split(step, dim=1)]
+    place = torch.empty(batch, tokens, dtype=torch.int64, device=kept.device)
+    own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    place.scatter_(1, kept, own)
+    return place.scatter_(1, dropped, torch.cat(nearest, 1)) if nearest else place
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, C] at index [B, K]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
