@@ -313,10 +313,10 @@ def test_what_only_the_loaded_model_knows_is_refused_before_the_first_job(wan, t
 
 
 def test_pictures_to_start_from(tmp_path):
-    import diffusers
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
 
     parts = zoo.build("sd15").components
-    diffusers.StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "model")
+    img2img.StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "model")
     for i, colour in enumerate(["red", "blue"]):
         Image.new("RGB", (24, 24), colour).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"no picture")
