@@ -18,6 +18,7 @@ EXAMPLES = {
               "a yellow sun growing on a purple background",
               "a sailboat moving right on a green background"],
 }
+_BUTTONS: Any = ["download", "fullscreen"]
 
 
 class GenerateTab:
@@ -63,7 +64,8 @@ class GenerateTab:
                                    elem_id=f"{kind}-compare")
         self.any_size = gr.Checkbox(
             kind == "image" and known, label="Sparse at any size", elem_id=f"{kind}-any",
-            info="Also below the break-even, where it costs time: to see a method at work")
+            info="Also below the break-even, where it costs time: to see a method at work"
+                 + (" (tiles of 2 by 2 tokens)" if kind == "image" else ""))
         with gr.Row():
             self.go = gr.Button("Generate", variant="primary", elem_id=f"{kind}-go")
             self.stop = gr.Button("Stop", variant="stop", elem_id=f"{kind}-stop")
@@ -93,7 +95,7 @@ class GenerateTab:
 
     def _pictures(self) -> None:
         self.one = gr.Image(visible=False, format="png", interactive=False, label="Result",
-                            elem_id="image-one")
+                            buttons=_BUTTONS, elem_id="image-one")
         with gr.Tabs(visible=False) as self.both:
             with gr.Tab("Swipe"):
                 self.swipe = gr.ImageSlider(format="png", interactive=False, type="filepath",
@@ -101,12 +103,14 @@ class GenerateTab:
                                             elem_id="image-swipe")
             with gr.Tab("Side by side"), gr.Row():
                 self.stock = gr.Image(format="png", interactive=False, label="stock",
+                                      buttons=_BUTTONS,
                                       elem_id="image-stock")
                 self.fast = gr.Image(format="png", interactive=False, label="fast",
+                                     buttons=_BUTTONS,
                                      elem_id="image-fast")
             with gr.Tab("Difference"):
                 self.difference = gr.Image(format="png", interactive=False,
-                                           label="error, largest channel",
+                                           label="error, largest channel", buttons=_BUTTONS,
                                            elem_id="image-difference")
                 self.scale = gr.HTML()
 
@@ -145,7 +149,7 @@ class GenerateTab:
         count = len(self._fields)
         field = dict(zip(self._fields, sent[:count], strict=True))
         plan = self._panel.plan(sent[count + 1:])
-        plan = at_any_size(plan) if sent[count] else plan
+        plan = at_any_size(plan, self.kind) if sent[count] else plan
         numbers = {name: whole(name, field[name])
                    for name in ("seed", "steps", "height", "width", "frames")}
         if self.kind == "image":
@@ -200,11 +204,16 @@ class GenerateTab:
         return found
 
 
-def at_any_size(plan: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The plan without the break-even of the device, where the user has not set one."""
+def at_any_size(plan: dict[str, Any] | None, kind: str) -> dict[str, Any] | None:
+    """The plan without the break-even of the device, where the user has not set one.
+
+    A small picture is cut into tiles of 2 by 2 tokens, so that there is something to choose from.
+    """
     if plan is None:
         return None
-    free = {"min_tokens": 1, "max_density": 1.0}
+    free: dict[str, Any] = {"min_tokens": 1, "max_density": 1.0}
+    if kind == "image":
+        free["tile"] = (1, 2, 2)
     return {**plan, "methods": [
         {**entry, **{name: value for name, value in free.items()
                      if name in entry and entry[name] is None}} for entry in plan["methods"]]}

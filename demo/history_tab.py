@@ -21,7 +21,8 @@ class HistoryTab:
     def __init__(self, house: House, bar: SettingsBar, tab: gr.Tab) -> None:
         self._house, self._bar = house, bar
         self.none = gr.HTML(live.note("Nothing yet: results of this page appear here."))
-        self.gallery = gr.Gallery(label="Last results, the newest first", columns=6, height=280,
+        self.gallery = gr.Gallery(label="Last results, the newest first", columns=6, height=220,
+                                  object_fit="contain", rows=1,
                                   interactive=False, visible=False, allow_preview=False,
                                   format="png", elem_id="history-gallery")
         self.key = gr.State("")

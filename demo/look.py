@@ -56,7 +56,9 @@ CSS = """
 .fd-chart text.fd-value { font-size: 9.5px; fill: currentColor }
 .fd-chart text.fd-value[fill="#ffffff"] { fill: #fff }
 .fd-chart text.fd-value[fill="#0b2545"] { fill: #0b2545 }
-.fd-about { font-size: 13px; color: var(--body-text-color-subdued) }
+.fd-about, .fd-about p, .fd-about li { font-size: 13px !important; line-height: 1.45;
+  color: var(--body-text-color-subdued) }
+.html-container { padding: 0 !important }
 .fd-play { display: flex; align-items: center; gap: 10px; padding: 6px 2px }
 .fd-play button { padding: 5px 14px; border-radius: 6px; font-weight: 600; cursor: pointer;
   border: 1px solid var(--border-color-primary); background: var(--block-background-fill) }

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from fastdiff.demo.recording import Place
 
-MOST_FRAMES, SIDE, GAP, LABEL = 9, 224, 8, 16
+MOST_FRAMES, SIDE, GAP, LABEL = 9, 240, 10, 30
 KEPT, QUERY = (59, 130, 246), (255, 214, 10)
 # black, purple, orange, light yellow: even steps of lightness
 _HEAT = np.array([(10, 7, 30), (94, 25, 110), (196, 61, 78), (249, 142, 9), (252, 255, 164)], float)
@@ -27,11 +27,16 @@ class Sheet:
     def columns(self) -> int:
         return min(3, len(self.shown))
 
+    @property
+    def label(self) -> int:
+        """Pixels over each frame for its number; a single picture needs none."""
+        return LABEL if len(self.shown) > 1 else 0
+
     def corner(self, number: int) -> tuple[int, int]:
         """(left, top) of a frame's picture."""
         height, width = self.size
         row, column = divmod(number, self.columns)
-        return (GAP + column * (width + GAP), GAP + row * (height + GAP + LABEL) + LABEL)
+        return (GAP + column * (width + GAP), GAP + row * (height + GAP + self.label) + self.label)
 
     def tile_at(self, x: float, y: float) -> int | None:
         """The tile under a point, None between frames."""
@@ -65,8 +70,8 @@ def on_frames(plan: Sheet, frames: Any, values: Any, query: int, heat: bool) -> 
     tiles, (height, width) = _tile_grid(plan.place), plan.size
     rows = -(-len(plan.shown) // plan.columns)
     canvas = Image.new("RGB", (GAP + plan.columns * (width + GAP),
-                               GAP + rows * (height + GAP + LABEL)), (20, 26, 36))
-    draw = ImageDraw.Draw(canvas)
+                               GAP + rows * (height + GAP + plan.label)), (20, 26, 36))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=19)
     last = max(1, plan.place.layout.grid[0] - 1)
     for number, frame in enumerate(plan.shown):
         left, top = plan.corner(number)
@@ -76,7 +81,9 @@ def on_frames(plan: Sheet, frames: Any, values: Any, query: int, heat: bool) -> 
         cells = _grow(values[tiles[frame]], height, width)
         canvas.paste(Image.fromarray(_over(base, cells, heat)), (left, top))
         _outline(draw, tiles[frame] == query, (left, top), plan.size)
-        draw.text((left, top - LABEL + 2), f"latent frame {frame + 1}", fill=(190, 200, 215))
+        if len(plan.shown) > 1:
+            draw.text((left, top - LABEL + 4), f"frame {frame + 1}", fill=(205, 214, 228),
+                      font=font)
     return np.asarray(canvas)
 
 

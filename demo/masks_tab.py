@@ -76,15 +76,12 @@ class MasksTab:
             self.figures = gr.HTML(elem_id="masks-figures")
             gr.HTML(LEGEND)
             with gr.Row():
-                self.kept = gr.Image(label="kept", format="png", interactive=False,
-                                     elem_id="masks-kept", buttons=["download", "fullscreen"])
-                self.mass = gr.Image(label="true mass", format="png", interactive=False,
-                                     elem_id="masks-mass", buttons=["download", "fullscreen"])
+                self.kept = _picture("What is kept", "masks-kept")
+                self.mass = _picture("True attention mass", "masks-mass")
             with gr.Accordion("All tiles: a row a tile of queries, a column a tile of keys",
                               open=False), gr.Row():
-                self.kept_map = gr.Image(label="kept", format="png", interactive=False)
-                self.mass_map = gr.Image(label="true mass (log scale)", format="png",
-                                         interactive=False)
+                self.kept_map = _picture("What is kept", "masks-kept-map")
+                self.mass_map = _picture("True attention mass, log scale", "masks-mass-map")
 
     def record(self, wish: Wish, policies: dict[str, Policy], ticket: Ticket) -> Recording:
         """Run dense and record, in the worker's thread."""
@@ -222,6 +219,13 @@ class MasksTab:
         """A page was closed."""
         with self._lock:
             self._kept.pop(user, None)
+
+
+def _picture(title: str, name: str) -> Any:
+    with gr.Column(min_width=280):
+        gr.HTML(f"<div class='fd-line'>{title}</div>")
+        return gr.Image(show_label=False, format="png", interactive=False, elem_id=name,
+                        buttons=[])
 
 
 def _place(recording: Recording, name: Any, layer: Any, step: Any) -> Place:

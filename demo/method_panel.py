@@ -16,7 +16,9 @@ from fastdiff.config import DEFAULT, PRESETS, make_methods, methods, to_plan
 from fastdiff.method import KINDS, Method
 
 STOCK = "stock"
-_KIND_TITLES = {"attention": "Attention (one)", "tokens": "Tokens", "sampling": "Sampling (one)"}
+NONE = "none"
+# one attention and one sampling method at a time
+_SINGLE = ("attention", "sampling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,20 +113,22 @@ class MethodPanel:
         start = make_methods([preset], {})
         on = [method.name for method in start]
         self.preset = gr.Radio([STOCK, *PRESETS], value=preset, label="Preset", elem_id="preset")
-        self._picks: dict[str, gr.CheckboxGroup] = {}
+        self._picks: dict[str, Any] = {}
         for kind in KINDS:
             names = [name for name, cls in self._known.items() if cls.kind == kind]
             if names:
-                self._picks[kind] = gr.CheckboxGroup(
-                    names, value=[name for name in on if name in names],
-                    label=_KIND_TITLES[kind], elem_id=f"pick-{kind}")
+                self._picks[kind] = _pick(kind, names, [name for name in on if name in names])
         self._fields: dict[tuple[str, str], Any] = {}
         self._homes: dict[str, gr.Accordion] = {}
         given = {method.name: method.to_dict() for method in start}
         for name, cls in self._known.items():
             with gr.Accordion(name, open=False, visible=name in on,
                               elem_id=f"method-{name}") as self._homes[name]:
-                gr.Markdown(about(cls), elem_classes="fd-about")
+                first, _, rest = about(cls).partition("\n\n")
+                gr.Markdown(first, elem_classes="fd-about")
+                if rest:
+                    with gr.Accordion("How it works, cost, limits", open=False):
+                        gr.Markdown(rest, elem_classes="fd-about")
                 for knob in knobs(cls):
                     value = given.get(name, {}).get(knob.name, knob.default)
                     self._fields[name, knob.name] = _field(knob, value)
@@ -137,7 +141,7 @@ class MethodPanel:
     def plan(self, sent: Sequence[Any]) -> dict[str, Any] | None:
         """The plan in the values of `inputs`, in their order."""
         picks = sent[:len(self._picks)]
-        names = [name for pick in picks for name in (pick or [])]
+        names = _names(picks)
         if not all(isinstance(name, str) for name in names):
             raise InputError("methods are chosen by name")
         return plan_of(names, dict(zip(self._fields, sent[len(self._picks):], strict=True)))
@@ -150,9 +154,10 @@ class MethodPanel:
     def show(self, plan: dict[str, Any] | None) -> dict[Any, Any]:
         """Updates that fill the panel in with a plan."""
         entries = {entry["method"]: entry for entry in (plan or {}).get("methods", [])}
-        found: dict[Any, Any] = {}
+        found: dict[Any, Any] = {self.preset: _preset(plan)}
         for kind, pick in self._picks.items():
-            found[pick] = [n for n in entries if n in self._known and self._known[n].kind == kind]
+            on = [n for n in entries if n in self._known and self._known[n].kind == kind]
+            found[pick] = (on or [NONE])[0] if kind in _SINGLE else on
         for name, home in self._homes.items():
             found[home] = gr.Accordion(visible=name in entries)
         for (name, knob), field in self._fields.items():
@@ -163,15 +168,15 @@ class MethodPanel:
     @property
     def outputs(self) -> list[Any]:
         """What `show` may change."""
-        return [*self._picks.values(), *self._homes.values(), *self._fields.values()]
+        return [self.preset, *self._picks.values(), *self._homes.values(), *self._fields.values()]
 
     def _connect(self) -> None:
         def by_preset(preset: str) -> dict[Any, Any]:
             plan = None if preset == STOCK else to_plan(make_methods([preset], {}))
             return self.show(plan)
 
-        def by_pick(*picks: list[str] | None) -> dict[Any, Any]:
-            on = {name for pick in picks for name in (pick or [])}
+        def by_pick(*picks: Any) -> dict[Any, Any]:
+            on = set(_names(picks))
             return {home: gr.Accordion(visible=name in on) for name, home in self._homes.items()}
 
         self.preset.input(by_preset, [self.preset], self.outputs, show_progress="hidden",
@@ -180,6 +185,26 @@ class MethodPanel:
         for pick in picks:
             pick.input(by_pick, picks, list(self._homes.values()), show_progress="hidden",
                        api_visibility="private")
+
+
+def _pick(kind: str, names: list[str], on: list[str]) -> Any:
+    title, name = kind.capitalize(), f"pick-{kind}"
+    if kind in _SINGLE:
+        return gr.Radio([NONE, *names], value=(on or [NONE])[0], label=title, elem_id=name)
+    return gr.CheckboxGroup(names, value=on, label=title, elem_id=name)
+
+
+def _names(picks: Sequence[Any]) -> list[Any]:
+    """The chosen methods, from radios and groups."""
+    found = [name for pick in picks for name in (pick if isinstance(pick, list) else [pick])]
+    return [name for name in found if name is not None and name != NONE]
+
+
+def _preset(plan: dict[str, Any] | None) -> str | None:
+    """The preset that a plan is, or None."""
+    if plan is None:
+        return STOCK
+    return next((name for name in PRESETS if to_plan(make_methods([name], {})) == plan), None)
 
 
 def _field(knob: Knob, value: Any) -> Any:

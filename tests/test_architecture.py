@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ ARROWS: dict[str, set[str]] = {
             "layout", "calibration"},
     # many jobs, with the steps of generate; the command line finds it by name
     "batch": {"__init__", "config", "models", "cli"},
+    # the page in a browser; the command line finds it by name
+    "demo": {"__init__", "api", "batch", "cli", "config", "kernels", "layout", "method", "models",
+             "policies", "report"},
 }
 # who may import these, besides the standard library and torch
 MAY_IMPORT = {
@@ -61,8 +65,9 @@ MAY_IMPORT = {
     "rich": {"cli", "batch"},
     "imageio": {"cli"},
     "imageio_ffmpeg": {"cli"},
-    "PIL": {"cli", "batch"},
-    "numpy": {"cli", "report"},
+    "PIL": {"cli", "batch", "demo"},
+    "numpy": {"cli", "report", "demo"},
+    "gradio": {"demo"},
 }
 HEAVY = ("torch", "diffusers", "transformers", "triton")
 MOST_LINES = 300
@@ -71,10 +76,17 @@ LONG = {"fastdiff.attention"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 
 
+def _walk() -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk of the package without examples: scripts to copy, which nothing imports."""
+    for folder, folders, files in os.walk(PACKAGE, followlinks=True):
+        folders[:] = [name for name in folders if name != "examples"]
+        yield folder, folders, files
+
+
 def _modules() -> dict[str, Path]:
     """Every module of the package by its dotted name; the links are followed."""
     found = {}
-    for folder, _, files in os.walk(PACKAGE, followlinks=True):
+    for folder, _, files in _walk():
         for file in files:
             if file.endswith(".py"):
                 path = Path(folder, file)
@@ -116,7 +128,7 @@ def _imports(module: str) -> list[tuple[str, bool]]:
 
 
 def test_the_links_lead_to_the_folders():
-    for name in ("kernels", "pipelines"):
+    for name in ("kernels", "pipelines", "demo"):
         link = PACKAGE / name
         assert link.is_symlink() and os.readlink(link) == f"../{name}"
     assert "fastdiff.kernels.block_sparse_attention" in MODULES
@@ -224,13 +236,13 @@ def test_kernels_is_no_top_level_package():
 def test_packages_are_all_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     holding = {".".join(path.relative_to(ROOT).parent.parts) for folder, _, files in
-               os.walk(PACKAGE, followlinks=True) for path in (Path(folder, f) for f in files)
+               _walk() for path in (Path(folder, f) for f in files)
                if path.suffix == ".py"}
     assert set(settings["tool"]["setuptools"]["packages"]) == holding
     assert len(settings["tool"]["setuptools"]["packages"]) == len(holding)
     folders = settings["tool"]["setuptools"]["package-dir"]
     assert folders == {"fastdiff": "fastdiff", "fastdiff.kernels": "kernels",
-                       "fastdiff.pipelines": "pipelines"}
+                       "fastdiff.pipelines": "pipelines", "fastdiff.demo": "demo"}
 
 
 def test_every_family_and_method_is_found():

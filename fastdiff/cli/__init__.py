@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastdiff.cli import batch, calibrate, doctor, errors, generate, methods, models
+from fastdiff.cli import batch, calibrate, demo, doctor, errors, generate, methods, models
 
 
 class Commands(TyperGroup):
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("batch")(batch.batch)
 app.command("calibrate")(calibrate.calibrate)
+app.command("demo")(demo.demo)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
