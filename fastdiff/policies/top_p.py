@@ -41,8 +41,9 @@ class TopP(Policy):
 
     Sources: Twilight (arXiv 2502.02770) for the rule, NABLA (arXiv 2507.13546) for "mean". Cost:
     the scores, (tokens / tile)^2 entries a head, and 16 passes over them; "proxy" scores
-    (tokens / proxy_stride)^2 pairs a group of heads. Limits: the share is one of estimated mass, and estimates are
-    flatter than attention; NABLA's models are trained with their masks and add a local window.
+    (tokens / proxy_stride)^2 pairs a group of heads. Limits: the share is one of estimated mass,
+    and estimates are flatter than attention; NABLA's models are trained with their masks and add a
+    local window.
     """
 
     name: ClassVar[str] = "top-p"
