@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import record  # noqa: E402
+from denoisers import ARCHITECTURES, materialise  # noqa: E402
 
 import fastdiff  # noqa: E402
 
@@ -27,48 +29,15 @@ VARIANTS: list[tuple[str, dict[str, Any] | None]] = [
 ]
 
 
-def wan_1_3b(layers: int) -> tuple[Any, dict[str, Any]]:
-    """Wan 2.1 1.3B at 480p, 81 frames: 21 x 30 x 52 = 32,760 tokens."""
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128, in_channels=16,
-        out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
-    )
-    return model, {"hidden_states": (1, 16, 21, 60, 104), "encoder_hidden_states": (1, 512, 4096)}
-
-
-def wan_14b(layers: int) -> tuple[Any, dict[str, Any]]:
-    """Wan 2.1 14B at 720p, 81 frames: 21 x 45 x 80 = 75,600 tokens."""
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128, in_channels=16,
-        out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
-    )
-    return model, {"hidden_states": (1, 16, 21, 90, 160), "encoder_hidden_states": (1, 512, 4096)}
-
-
-MODELS = {"wan-1.3b-480p": (wan_1_3b, 30), "wan-14b-720p": (wan_14b, 40)}
+MODELS = ("wan-1.3b-480p", "wan-14b-720p")
 
 
 @torch.no_grad()
 def measure(name: str, layers: int | None, repeats: int, small: bool, device: str) -> list[dict]:
-    build, all_layers = MODELS[name]
+    all_layers = ARCHITECTURES[name].layers[1]
     layers = layers or all_layers
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with torch.device("meta"):
-        model, shapes = build(layers)
-    model = model.to_empty(device=device).to(dtype).eval()
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02)
-    model.rope = type(model.rope)(128, (1, 2, 2), 1024).to(device)
-    if small:
-        shapes["hidden_states"] = (1, 16, 3, 20, 24)
-    inputs = {k: torch.randn(v, device=device).to(dtype) for k, v in shapes.items()}
-    inputs["timestep"] = torch.tensor([500], device=device)
+    model, inputs = materialise(ARCHITECTURES[name], layers, device, small)
+    dtype = inputs["hidden_states"].dtype
     seconds: dict[str, list[float]] = {}
     info: dict[str, dict[str, Any]] = {}
     stock = None
