@@ -25,13 +25,14 @@ _INDEX_EVERY = 30.0
 
 @dataclass(frozen=True)
 class Options:
-    """How a run works. docs/batch.md tells each."""
+    """How a run works. docs/batch.md tells each. launched: even one worker is another process."""
 
     device: str | None = None
     batch_size: int | None = None
     processes: int = 1
     retry_failed: bool = False
     lease: float = LEASE
+    launched: bool = False
     command_line: Sequence[str] = ()
 
 
@@ -116,7 +117,7 @@ def run_tasks(
     try:
         watch = Watch(tasks, folder, hooks.on_event)
         try:
-            if watch.left and options.processes > 1:
+            if watch.left and (options.processes > 1 or options.launched):
                 launch.workers(tasks, folder, options, watch, hooks.stop)
             elif watch.left:
                 _here(tasks, folder, claims, options, hooks, watch)

@@ -1,6 +1,8 @@
 """From tasks to frames, and from frames to files: what a worker does on the device."""
 
 import gc
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +34,8 @@ class Made:
         """The part of a sidecar that a batch adds."""
         return {"id": self.task.id, "where": self.task.where, "group": self.task.group,
                 "size": self.together, "seconds": self.seconds, "image": self.task.image,
-                "image_sha256": self.task.image_sha256, "when": now()}
+                "image_sha256": self.task.image_sha256, "when": now(),
+                "worker": f"{socket.gethostname()} {os.getpid()}"}
 
 
 class Maker(Protocol):
