@@ -182,7 +182,8 @@ def test_clean_estimate_is_the_scheduler_s_own(name):
 @pytest.mark.parametrize("size", [(7, 5), (14, 9), (29, 31)])
 def test_constant_latents_stay_constant(how, size):
     latents = torch.tensor([-1.5, 0.0, 2.0]).view(1, 3, 1, 1, 1).expand(2, 3, 4, 14, 9)
-    found = resize(latents, *size, how)
+    rows, columns = size
+    found = resize(latents, rows, columns, how)
     assert found.shape == (2, 3, 4, *size)
     torch.testing.assert_close(found, latents[..., :1, :1].expand_as(found), rtol=0, atol=1e-5)
 
