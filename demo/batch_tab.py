@@ -58,7 +58,7 @@ class BatchTab:
                             "on several GPUs.", elem_classes="fd-about")
             with gr.Column(scale=7, min_width=420):
                 self.live = gr.HTML(live.note("Ready."), elem_id="batch-live")
-                self.gallery = gr.Gallery(label="Results", columns=4, visible=False,
+                self.gallery = gr.Gallery(label="Results", columns=4, visible=False, height="auto",
                                           interactive=False, format="png", elem_id="batch-gallery")
                 self.archive = gr.File(label="All files, settings, and the contact sheet",
                                        visible=False, interactive=False, elem_id="batch-zip")
@@ -141,7 +141,7 @@ class BatchTab:
     def _result(self, made: Batch) -> dict[Any, Any]:
         told_ = live.note(f"{len(made.files)} made" + (f", {len(made.failed)} failed: "
                           f"{'; '.join(made.failed)}" if made.failed else "."))
-        shown = [(str(path), path.stem.rpartition("-")[0]) for path in made.files]
+        shown = [(str(path), path.stem.rpartition("-seed")[0].replace("-", " ")) for path in made.files]
         return {self.live: told_,
                 self.gallery: gr.Gallery(shown, visible=True),
                 self.archive: gr.File(str(made.archive), visible=True)}

@@ -225,7 +225,7 @@ def _picture(title: str, name: str) -> Any:
     with gr.Column(min_width=280):
         gr.HTML(f"<div class='fd-line'>{title}</div>")
         return gr.Image(show_label=False, format="png", interactive=False, elem_id=name,
-                        buttons=[])
+                        buttons=["fullscreen"])
 
 
 def _place(recording: Recording, name: Any, layer: Any, step: Any) -> Place:

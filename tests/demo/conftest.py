@@ -1,0 +1,82 @@
+"""A tiny Wan pipeline in a folder, the demo around it, and a browser where there is one."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zoo
+
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+
+from fastdiff.demo.house import House
+from fastdiff.demo.limits import Limits
+from fastdiff.demo.render import Renderer
+from fastdiff.demo.server import Place, serve
+
+DEFAULTS = {
+    "kind": ["video", "image"], "height": 32, "width": 48, "frames": 5, "fps": 8, "steps": 2,
+    "guidance": 4.0, "max_sequence_length": zoo.TEXT, "multiple": 16, "frames_rule": "4n+1",
+}
+# with these, attention really is sparse at this size
+SPARSE = {"dense_steps": 0, "min_tokens": 1, "tile": (1, 1, 2), "density": 0.4, "max_density": 1.0,
+          "sink": 0}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("models") / "wan"
+    zoo.build("wan").save_pretrained(home)
+    (home / "fastdiff.json").write_text(json.dumps(DEFAULTS))
+    return home
+
+
+@pytest.fixture(scope="session")
+def renderer(folder: Path) -> Renderer:
+    return Renderer(str(folder), "cpu", None, offload=False)
+
+
+@pytest.fixture
+def house(renderer: Renderer) -> Iterator[House]:
+    found = House.open(renderer, Limits(side=96, frames=9, steps=400, results=20))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def address(house: House) -> Iterator[str]:
+    """A running server."""
+    blocks, where = serve(house, Place())
+    yield where
+    blocks.close(verbose=False)
+
+
+def chromium() -> str | None:
+    """A Chromium to drive: FASTDIFF_CHROMIUM, one on the path, or Playwright's own."""
+    named = os.environ.get("FASTDIFF_CHROMIUM")
+    found = named or shutil.which("chromium") or shutil.which("google-chrome")
+    if found:
+        return found
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        own = driver.chromium.executable_path
+    return own if Path(own).exists() else None
+
+
+@pytest.fixture(scope="session")
+def browser():
+    pytest.importorskip("playwright", reason="browser tests need playwright")
+    from playwright.sync_api import sync_playwright
+
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium here: install Debian's `chromium`, or name one in "
+                    "FASTDIFF_CHROMIUM")
+    with sync_playwright() as driver:
+        # a container runs as root, where Chromium's own sandbox cannot start
+        found = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
