@@ -85,7 +85,9 @@ def _add_routes(
         return_lse=True, impl=terms.impl,
     ))
     # [B, H, S, most]: where the parts of each query stand
-    valid, chosen = route.to(torch.uint8).topk(most, dim=-1)
+    # in the order of the chunks, so that sums can be repeated
+    rank = torch.arange(count, 0, -1, dtype=torch.int32, device=route.device)
+    valid, chosen = (route * rank).topk(most, dim=-1)
     spot = place.gather(-1, chosen)
     many = part_lse.gather(-1, spot.flatten(2)).view_as(spot)
     many = many.masked_fill(valid == 0, -torch.inf)
