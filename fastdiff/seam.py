@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.attention import Layer, Session, attention, dense_attention
+from fastdiff.gradients import attention_with_gradients
 from fastdiff.layout import TokenLayout
 from fastdiff.shadow import DISPATCH, SDPA, restore_class, swap_class
 
@@ -53,7 +54,7 @@ def _take(
     tokens = query.shape[1]
     if tokens != key.shape[1]:
         return None  # cross-attention
-    if _current.context and tokens != _current.hidden + _current.context:
+    if crossing(tokens):
         return None  # cross-attention to as many tokens
     whole = denoiser.layout
     if whole is None:
@@ -67,12 +68,15 @@ def _take(
     if obstacle is not None:
         _refuse(layer, obstacle)
         return None
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        _refuse(layer, "gradients are wanted, and the sparse op has no backward")
-        return None
     ids = denoiser.ids
     sizes = [*layout.grid, layout.before, layout.after]
-    return attention(query, key, value, mask, ids, layer.number, sizes, scale, backend)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        # as autocast does for stock attention
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    wanted = query.requires_grad or key.requires_grad or value.requires_grad
+    run = attention_with_gradients if wanted and torch.is_grad_enabled() else attention
+    return run(query, key, value, mask, ids, layer.number, sizes, scale, backend)
 
 
 def _refuse(layer: Layer, reason: str) -> None:
@@ -204,6 +208,11 @@ def entering(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
         # fuse_qkv_projections, IP-Adapters and users replace processors
         swap_class(module.processor, STAND_INS)
+
+
+def crossing(tokens: int) -> bool:
+    """Whether the attention that runs now, with so many keys, looks at another sequence."""
+    return bool(_current.context) and tokens != _current.hidden + _current.context
 
 
 class Denoiser:

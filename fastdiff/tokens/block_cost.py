@@ -2,30 +2,12 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from fastdiff.tokens.costs import Verdict, verdict
 from fastdiff.tokens.rank import rows
-
-# the pruned blocks by number: a compiled graph can name a number, not an object
-BLOCKS: WeakValueDictionary[int, Any] = WeakValueDictionary()
-
-
-@torch.compiler.assume_constant_result
-def block_pays(number: int, batch: int, tokens: int, words: int, width: int, device: str,
-          dtype: str) -> bool:
-    """Whether pruning this block is faster; plain arguments, so that a graph can ask it once."""
-    block = BLOCKS[number]
-    found = block_verdict(block, batch, tokens, (words, width), torch.device(device),
-                          getattr(torch, dtype.removeprefix("torch.")))
-    count = block.count_of(tokens)
-    told = f"{count} of {tokens} tokens" if found.pays else "whole"
-    blocks = f"blocks of {tokens} tokens, {len(block.layers)} layers"
-    block.report.tell(block.method.name, blocks, f"{told} ({found})")
-    return found.pays
 
 
 def block_verdict(

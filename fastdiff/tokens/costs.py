@@ -1,6 +1,7 @@
 """What things cost on this machine: measured once, kept in a file, asked before tokens are cut."""
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -8,7 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -28,6 +30,39 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.ours * 1e3:.2f} ms, stock {self.stock * 1e3:.2f} ms"
+
+
+class Judge(Protocol):
+    """Something that can be faster or not, depending on the sizes of a call."""
+
+    def judge(self, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Verdict:
+        """Measure or look up."""
+        ...
+
+    def told(self, sizes: tuple[int, ...], found: Verdict) -> None:
+        """Take note of the answer."""
+        ...
+
+
+_numbers = itertools.count()
+# a compiled graph can hold a number, not an object
+_judges: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def number(judge: Judge) -> int:
+    """The number under which `pays` finds this one; it lives as long as the object."""
+    found = next(_numbers)
+    _judges[found] = judge
+    return found
+
+
+@torch.compiler.assume_constant_result
+def pays(judge: int, sizes: tuple[int, ...], device: str, dtype: str) -> bool:
+    """Whether it is faster. Plain arguments: a graph asks once, while it is traced."""
+    found = _judges[judge].judge(sizes, torch.device(device),
+                                 getattr(torch, dtype.removeprefix("torch.")))
+    _judges[judge].told(sizes, found)
+    return found.pays
 
 
 def verdict(

@@ -1,6 +1,5 @@
 """Block: one Transformer2DModel whose later layers work on the tokens that matter."""
 
-import itertools
 from typing import Any
 
 import torch
@@ -8,11 +7,10 @@ from torch import Tensor, nn
 
 from fastdiff.layout import TokenLayout
 from fastdiff.method import Host
-from fastdiff.tokens.block_cost import BLOCKS, block_pays
+from fastdiff.tokens.block_cost import block_verdict
+from fastdiff.tokens.costs import Verdict, number, pays
 from fastdiff.tokens.entry import Branches, Entry, Phase, Site, fixed, wants_gradients
 from fastdiff.tokens.rank import rows
-
-_numbers = itertools.count()
 
 
 def layers_of(module: Any) -> list[Any]:
@@ -30,8 +28,7 @@ class Block:
         self.site = site
         self.layers = layers_of(site.module)
         self.go = False
-        self.number = next(_numbers)
-        BLOCKS[self.number] = self
+        self._number = number(self)
         self._phase = phase
         self._branches = branches
         self._spared = spared
@@ -100,8 +97,18 @@ class Block:
         if isinstance(text, tuple):
             text = text[0]  # IP-Adapter: text, then pictures
         words = (0, 0) if text is None else (fixed(text.shape[1]), fixed(text.shape[2]))
-        return block_pays(self.number, self.site.batch, layout.tokens, *words, str(hidden.device),
-                     str(hidden.dtype))
+        sizes = (self.site.batch, layout.tokens, *words)
+        return pays(self._number, sizes, str(hidden.device), str(hidden.dtype))
+
+    def judge(self, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Verdict:
+        batch, tokens, *words = sizes
+        return block_verdict(self, batch, tokens, (words[0], words[1]), device, dtype)
+
+    def told(self, sizes: tuple[int, ...], found: Verdict) -> None:
+        tokens = sizes[1]
+        what = f"{self.count_of(tokens)} of {tokens} tokens" if found.pays else "whole"
+        blocks = f"blocks of {tokens} tokens, {len(self.layers)} layers"
+        self.report.tell(self.method.name, blocks, f"{what} ({found})")
 
     def stage(self, attend, query, key, value, mask, scale):
         """Around the first self-attention: rank by its queries and keys."""
