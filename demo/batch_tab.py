@@ -141,7 +141,8 @@ class BatchTab:
     def _result(self, made: Batch) -> dict[Any, Any]:
         told_ = live.note(f"{len(made.files)} made" + (f", {len(made.failed)} failed: "
                           f"{'; '.join(made.failed)}" if made.failed else "."))
-        shown = [(str(path), path.stem.rpartition("-seed")[0].replace("-", " ")) for path in made.files]
+        shown = [(str(path), path.stem.rpartition("-seed")[0].replace("-", " "))
+                 for path in made.files]
         return {self.live: told_,
                 self.gallery: gr.Gallery(shown, visible=True),
                 self.archive: gr.File(str(made.archive), visible=True)}

@@ -151,6 +151,17 @@ class MethodPanel:
         shown = dict(zip(self._fields, sent[len(self._picks):], strict=True))
         return plan_of(names, shown) or to_plan(())
 
+    def check(self, plan: dict[str, Any] | None) -> None:
+        """Refuse a plan that holds what the panel has no field for; it would be lost in silence."""
+        for entry in (plan or {}).get("methods", []):
+            best = to_plan(make_methods([entry["method"]], {}))["methods"][0]
+            lost = [name for name, value in entry.items()
+                    if value != best[name] and name != "method"
+                    and (entry["method"], name) not in self._fields]
+            if lost:
+                raise InputError(f"the settings hold {entry['method']}.{lost[0]}, which this page "
+                                 "has no field for: fastdiff generate --from makes the result")
+
     def show(self, plan: dict[str, Any] | None) -> dict[Any, Any]:
         """Updates that fill the panel in with a plan."""
         entries = {entry["method"]: entry for entry in (plan or {}).get("methods", [])}

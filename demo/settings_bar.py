@@ -34,6 +34,7 @@ class SettingsBar:
                 return {self._tabs: gr.skip()}
             wish.check(self._house.limits)
             self._house.renderer.settings(wish)
+            self._panel.check(wish.plan)
             tab = self._made[wish.kind]
             fields = {**tab.show(wish), **self._panel.show(wish.plan)}
         except Exception as error:

@@ -3,11 +3,13 @@
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastdiff.cli.errors import InputError
+from fastdiff.config import from_plan, to_plan
 from fastdiff.demo.limits import Limits
 
 KINDS = ("image", "video")
@@ -66,7 +68,8 @@ def whole(name: str, value: Any) -> int | None:
     """A whole number from a number field; None from an empty one."""
     if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value != int(value):
         raise InputError(f"{name} {value!r} is not a whole number")
     return int(value)
 
@@ -79,6 +82,8 @@ def of_record(record: Mapping[str, Any]) -> Wish:
     found: dict[str, Any] = {}
     for name, kind in kinds.items():
         value = record.get(name)
+        if name == "compare" and isinstance(value, dict):
+            value = True  # a sidecar has the figures there
         if value is not None and (not isinstance(value, kind)
                                   or (isinstance(value, bool) and kind is not bool)):
             raise InputError(f"the settings have a {name} of the wrong type")
@@ -86,6 +91,11 @@ def of_record(record: Mapping[str, Any]) -> Wish:
             found[name] = value
     if found.get("kind") == "image":
         found.pop("frames", None)
+    if "plan" in found:
+        try:
+            found["plan"] = to_plan(from_plan(found["plan"]))
+        except TypeError as error:
+            raise InputError(f"the plan has a value of the wrong type: {error}") from None
     try:
         return Wish(**found)
     except TypeError:

@@ -40,14 +40,14 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
-    fields: dict[str, Any] = {"kind": "image", **dict(word.split("=", 1) for word in args.set)}
+    defaults = {"kind": "image", **dict(word.split("=", 1) for word in args.set)}
     # small pictures are short sequences, which stay dense unless told otherwise
     sparse = {"method": args.method, "min_tokens": 1, "max_density": 1}
-    jobs = [{**fields, "prompt": prompt, "seed": seed, **how}
+    jobs = [{"prompt": prompt, "seed": seed, **how}
             for prompt in args.prompts for seed in args.seeds
             for how in [{"method": "stock"},
                         *({**sparse, "density": density} for density in args.densities)]]
-    outcome = run(jobs, args.out, on_event=lambda event: print(
+    outcome = run(jobs, args.out, defaults=defaults, on_event=lambda event: print(
         event.get("file") or event.get("error") or event["event"]))
     if not outcome.ok:
         sys.exit(f"failed: {outcome.failed}")
