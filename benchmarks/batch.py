@@ -38,6 +38,8 @@ PROMPTS = ("a red apple moving left on a blue background", "a sailboat on a cyan
 
 def plan(jobs: int, args: argparse.Namespace, first: int = 0) -> list[Task]:
     fields: dict[str, Any] = {"model": "tiny-video", "method": args.method, "kind": args.kind}
+    if args.steps:
+        fields["steps"] = args.steps
     if args.tiny:
         fields |= {"size": "64", "frames": 5 if args.kind == "video" else 1, "steps": 2}
     return api.plan([{**fields, "prompt": PROMPTS[i % len(PROMPTS)], "seed": first + i}
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=16, help="of one worker")
     parser.add_argument("--kind", default="video", choices=("video", "image"))
     parser.add_argument("--method", default="stock")
+    parser.add_argument("--steps", type=int, help="default: those of the model")
     parser.add_argument("--most", type=int, default=8, help="jobs of a call")
     parser.add_argument("--batch-size", type=int, default=1, help="of the workers")
     parser.add_argument("--repeats", type=int, default=5)

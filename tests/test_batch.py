@@ -21,7 +21,7 @@ from fastdiff.batch import lines, plan, sheet
 from fastdiff.batch import run as run_batch
 from fastdiff.batch.grid import defaults_of, expand, grid_of
 from fastdiff.batch.index import entry
-from fastdiff.batch.task import Task, fingerprint
+from fastdiff.batch.task import Task, distinct, fingerprint
 from fastdiff.cli import app
 from fastdiff.cli.errors import InputError
 
@@ -175,7 +175,8 @@ def test_a_grid_multiplies():
 def test_stock_in_a_grid_has_no_options():
     """Six combinations, but stock at two densities is one job."""
     tasks = plan(["a"], grid=grid_of(["method=stock,balanced,turbo", "density=0.2,0.4"]))
-    assert [t.settings.plan is None for t in tasks].count(True) == 1 and len(tasks) == 5
+    assert [t.settings.plan is None for t in tasks].count(True) == 2 and len(tasks) == 6
+    assert len(distinct(tasks)) == 5
 
 
 def test_paths_start_from_the_file_and_on_the_command_line_from_here(tmp_path, wan, monkeypatch):
@@ -193,7 +194,7 @@ def test_paths_start_from_the_file_and_on_the_command_line_from_here(tmp_path, w
 def test_a_name_is_the_content(wan, tmp_path):
     same = plan([{"prompt": "a", "model": wan}, {"prompt": "a", "model": wan, "seed": 0},
                  {"prompt": "a", "model": wan, "steps": 2}])
-    assert len(same) == 1
+    assert len(same) == 3 and len(distinct(same)) == 1
     changes = [{"seed": 1}, {"steps": 3}, {"prompt": "b"}, {"density": 0.3}, {"guidance": 2},
                {"negative": "x"}, {"fps": 9}, {"method": "stock"}, {"size": "32"}]
     others = plan([{"prompt": "a", "model": wan, **change} for change in changes])

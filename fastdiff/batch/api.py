@@ -13,7 +13,7 @@ from fastdiff.batch import index, launch, lines
 from fastdiff.batch.claims import LEASE, Claims
 from fastdiff.batch.folder import Folder
 from fastdiff.batch.maker import Load, Maker, PipelineMaker
-from fastdiff.batch.task import Planner, Task
+from fastdiff.batch.task import Planner, Task, distinct
 from fastdiff.batch.watch import OnEvent, Outcome, Watch
 from fastdiff.batch.worker import Worker
 from fastdiff.cli.errors import InputError
@@ -88,7 +88,7 @@ def plan(
     defaults: Mapping[str, Any] | None = None, images: str | None = None,
     device: str | None = None,
 ) -> list[Task]:
-    """The distinct jobs, resolved and checked as far as that needs no weights."""
+    """The jobs, resolved and checked as far as that needs no weights."""
     grid = dict(grid or {})
     if images is not None:
         grid = {"image": grids.images_of(images), **grid}
@@ -100,13 +100,14 @@ def plan(
 
 
 def run_tasks(
-    tasks: Sequence[Task], folder: Folder, options: Options, hooks: Hooks, lead: bool = True
+    jobs: Sequence[Task], folder: Folder, options: Options, hooks: Hooks, lead: bool = True
 ) -> Outcome:
-    """Run planned tasks in this process, or in several.
+    """Run planned jobs in this process, or in several; those of the same content are one task.
 
     lead: False for one of several processes that another one waits for; that one writes the index.
     """
     begin = time.monotonic()
+    tasks = distinct(jobs)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch_size={options.batch_size}: accepted is 1 or more")
     folder.prepare()
@@ -129,9 +130,9 @@ def run_tasks(
                     _put_in_order(folder, claims)
     finally:
         claims.close()
-    results = [folder.result(task) for task in tasks]
+    results = [folder.result(task) for task in jobs]
     errors = [(task.where, folder.error(task) or "not made")
-              for task, path in zip(tasks, results, strict=True) if path is None]
+              for task, path in zip(jobs, results, strict=True) if path is None]
     outcome = Outcome(results, errors, watch.made, watch.skipped, time.monotonic() - begin,
                       watch.gains())
     hooks.on_event({"event": "end", "made": outcome.made, "skipped": outcome.skipped,

@@ -13,7 +13,7 @@ import typer
 from fastdiff.batch import api, grid, launch
 from fastdiff.batch.display import Display
 from fastdiff.batch.folder import Folder
-from fastdiff.batch.task import Task
+from fastdiff.batch.task import Task, distinct
 from fastdiff.batch.worker import DeviceLost, Stopped
 from fastdiff.cli.errors import InputError, explain
 
@@ -91,7 +91,8 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-def _tell_plan(tasks: Sequence[Task], folder: Folder, as_json: bool) -> None:
+def _tell_plan(jobs: Sequence[Task], folder: Folder, as_json: bool) -> None:
+    tasks = distinct(jobs)
     settled = [folder.settled(task) for task in tasks]
     if as_json:
         for task, over in zip(tasks, settled, strict=True):
@@ -100,6 +101,9 @@ def _tell_plan(tasks: Sequence[Task], folder: Folder, as_json: bool) -> None:
     for task, over in zip(tasks, settled, strict=True):
         print(f"{'settled' if over else 'to make'}  {task.stem}  ({task.where})")
     groups = Counter(task.group for task, over in zip(tasks, settled, strict=True) if not over)
+    same = len(jobs) - len(tasks)
+    if same:
+        print(f"{same} more are the same as one of these")
     print(f"{len(tasks)} jobs, {sum(settled)} settled, {groups.total()} to make in "
           f"{len(groups)} groups")
 

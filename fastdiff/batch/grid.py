@@ -21,8 +21,8 @@ def expand(
 ) -> list[Line]:
     """Every line with every combination of the grid; defaults fill what a line leaves open.
 
-    Options of a method that come from the grid or the defaults are left out where the method is
-    stock, which has none.
+    What comes from the grid or the defaults is left out where it means nothing: options of a
+    method where the method is stock, frames of a picture.
     """
     grid = {name_of(name): values for name, values in grid.items()}
     defaults = {name_of(name): value for name, value in defaults.items()}
@@ -44,11 +44,18 @@ def expand(
     for line in lines:
         for chosen in itertools.product(*grid.values()):
             fields = {**defaults, **line.fields, **dict(zip(grid, chosen, strict=True))}
-            if fields.get("method") == STOCK:
-                fields = {name: value for name, value in fields.items()
-                          if name in line.fields or not is_option(name)}
+            fields = {name: value for name, value in fields.items()
+                      if name in line.fields or _applies(name, fields)}
             made.append(Line(line.where, fields, line.home))
     return made
+
+
+def _applies(name: str, fields: Mapping[str, Any]) -> bool:
+    """Stock has no options, and a picture has one frame."""
+    if name == "frames":
+        picture = str(fields.get("video", "")).lower() in ("false", "no", "off", "0")
+        return not picture and fields.get("kind") != "image"
+    return fields.get("method") != STOCK or not is_option(name)
 
 
 def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:

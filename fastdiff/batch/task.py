@@ -60,8 +60,11 @@ class Planner:
     _resolved: dict[str, Settings] = field(default_factory=dict)
 
     def plan(self, lines: Iterable[Line]) -> list[Task]:
-        """The distinct tasks, in order; an InputError that names file and line."""
-        found: dict[str, Task] = {}
+        """A task for each line; those of the same content are equal but for where they stand.
+
+        Raises an InputError that names file and line.
+        """
+        found: list[Task] = []
         content: dict[str, str] = {}
         for line in lines:
             try:
@@ -71,8 +74,8 @@ class Planner:
             if content.setdefault(task.id, words) != words:
                 raise InputError(f"{line.where}: two different jobs have the name {task.id}; "
                                  "change the seed of one")
-            found.setdefault(task.id, task)
-        return list(found.values())
+            found.append(task)
+        return found
 
     def _task(self, line: Line) -> tuple[Task, str]:
         job, picture = job_of(line, self.device)
@@ -113,6 +116,14 @@ def _group(settings: Settings, image: str | None) -> str:
     # a prompt without a negative one cannot share a list of them; nor can pictures to start from
     alike |= {"negative": settings.negative is not None, "image": image}
     return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def distinct(tasks: Iterable[Task]) -> list[Task]:
+    """The first task of each content."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        found.setdefault(task.id, task)
+    return list(found.values())
 
 
 @cache
