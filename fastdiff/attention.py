@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional, cast
 from weakref import WeakValueDictionary
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
 from fastdiff.clock import StepClock
-from fastdiff.kernels.block_pool import block_pool
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention, implementations
+from fastdiff.kernels.block_sparse_attention import chosen as chosen_kernel
+from fastdiff.kernels.tile_gather import tile_gather
 from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.layout import Tiling, TokenLayout
 from fastdiff.policies.base import Context, Policy, Terms
@@ -167,17 +168,30 @@ def attention(
     ids: positions [S_grid, axes] where only they know the grid (Flux), else None.
     backend: key into `dense_attention` and, after a colon, an argument for it.
     """
-    armed = LAYERS[int(layer)]
-    grid, before, after = layout[:3], layout[3], layout[4]
-    if ids is not None:
-        grid = armed.denoiser.grid_from_ids(ids)
-    tokens = TokenLayout((grid[0], grid[1], grid[2]), before, after)
-    return _Call(armed, query, key, value, mask, scale, backend).run(tokens).contiguous()
+    return attend(query, key, value, mask, ids, layer, layout, scale, backend).contiguous()
 
 
 @attention.register_fake
 def _(query, key, value, mask, ids, layer, layout, scale, backend):
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ids: Tensor | None,
+    layer: Tensor, layout: Sequence[int], scale: float | None, backend: str,
+) -> Tensor:
+    """The body of the op, in plain torch and differentiable; the same arguments."""
+    armed = LAYERS[int(layer)]
+    grid, before, after = layout[:3], layout[3], layout[4]
+    if ids is not None:
+        grid = armed.denoiser.grid_from_ids(ids)
+    tokens = TokenLayout((grid[0], grid[1], grid[2]), before, after)
+    call = _Call(armed, query, key, value, mask, scale, backend)
+    if not torch.is_autocast_enabled(query.device.type):
+        return call.run(tokens)
+    # the seam has cast already, and kernels choose their own precision
+    with torch.autocast(query.device.type, enabled=False):
+        return call.run(tokens)
 
 
 @dataclass
@@ -194,6 +208,11 @@ class _Call:
     def flops(self) -> float:
         b, s, h, d = self.query.shape
         return 4.0 * b * h * s * self.key.shape[1] * d
+
+    @property
+    def trains(self) -> bool:
+        wanted = any(x.requires_grad for x in (self.query, self.key, self.value))
+        return wanted and torch.is_grad_enabled()
 
     def dense(self) -> Tensor:
         kind, _, argument = self.backend.partition(":")
@@ -241,10 +260,18 @@ class _Call:
         terms = Terms(key_mask, self.scale, session.impl)
         attended = policy.attend(self.query, self.key, self.value, context, terms)
         if attended is not None:
-            self._count(attended.density, attended.implementation)
+            if self.trains and not attended.output.requires_grad:
+                reason = f"gradients are wanted, and {policy.name} computes attention without them"
+                session.fallback(self.layer, reason, self.flops)
+                return self.dense()
+            self._count(attended.density, attended.implementation or "blocks")
             return attended.output
         tiles = policy.tiles(layout, self.query, context)
-        q, k, v = (permute_tokens(x, tiles.order) for x in (self.query, self.key, self.value))
+        gathered = tile_gather(
+            self.query, self.key, self.value, tiles.order, tiles.offsets, block=tiles.block,
+            mask=key_mask, impl="torch" if self.trains else "auto")
+        q, k, v = gathered[:3]
+        context = replace(context, key_mean=gathered.key_mean)
         chosen = self._selection(policy, q, k, tiles, layout, context, branch)
         if chosen is None:
             return None
@@ -252,24 +279,21 @@ class _Call:
             key_mask = key_mask[:, tiles.order]
         tail = None
         if policy.tail:
-            key_mean, weight = block_pool(k, tiles.offsets, block=tiles.block, mask=key_mask)
-            value_mean, _ = block_pool(v, tiles.offsets, block=tiles.block, mask=key_mask)
-            tail = (key_mean, value_mean, weight, chosen.mask.keep)
+            tail = (*gathered[3:], chosen.mask.keep)
+        impl = chosen_kernel(q, k, v, block_q=tiles.block, block_k=tiles.block, key_mask=key_mask,
+                             tail=tail, impl=session.impl)
         out = block_sparse_attention(
             q, k, v, chosen.indices, chosen.counts, tiles.offsets, tiles.offsets,
             block_q=tiles.block, block_k=tiles.block,
-            key_mask=key_mask, tail=tail, scale=self.scale, impl=session.impl,
+            key_mask=key_mask, tail=tail, scale=self.scale, impl=impl,
         )
         tail_flops = self.flops * tiles.blocks / layout.tokens if policy.tail else 0.0
-        self._count(chosen.density, None, tail_flops)
+        self._count(chosen.density, impl, tail_flops)
         return permute_tokens(cast(Tensor, out), tiles.inverse)
 
-    def _count(
-        self, density: Tensor, implementation: str | None, tail_flops: float = 0.0
-    ) -> None:
-        impl = self.layer.session.impl
+    def _count(self, density: Tensor, implementation: str, tail_flops: float = 0.0) -> None:
         stats = self.layer.stats(self.layer.session)
-        stats.implementation = implementation or (impl if impl != "auto" else _chosen(self.query))
+        stats.implementation = implementation
         stats.sparse(density, self.flops, tail_flops)
 
     def _selection(
@@ -282,18 +306,14 @@ class _Call:
             made, selection = self.layer.masks[place]
             if 0 <= step - made < policy.reuse:
                 return selection
-        mask = policy.select(q, k, tiles, context)
+        with torch.no_grad():
+            mask = policy.select(q, k, tiles, context)
         if mask is None:
             return None
         selection = Selection(mask, *mask.lists(), mask.density())
         if policy.reuse > 1 and step is not None:
             self.layer.masks[place] = (step, selection)
         return selection
-
-
-def _chosen(query: Tensor) -> str:
-    usable = implementations(query.device, query.dtype, query.shape[-1])
-    return next(name for name, reasons in usable.items() if not reasons and name != "reference")
 
 
 def _seed(session: Session, index: int) -> int:

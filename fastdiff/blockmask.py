@@ -36,3 +36,18 @@ class BlockMask:
         lengths = self.offsets.diff().long()
         rows = self.keep.repeat_interleave(lengths, dim=-2)
         return rows.repeat_interleave(lengths, dim=-1)
+
+
+@dataclass(frozen=True)
+class ListedMask(BlockMask):
+    """A BlockMask whose lists and density were made with it: nothing is sorted at a call."""
+
+    indices: Tensor
+    counts: Tensor
+    kept: Tensor
+
+    def lists(self) -> tuple[Tensor, Tensor]:
+        return self.indices, self.counts
+
+    def density(self) -> Tensor:
+        return self.kept

@@ -23,13 +23,14 @@ class Context:
     """What a policy may know of one attention call besides its tensors.
 
     layer: number of this layer in order of first use; seed: a number that is the same for the same
-    layer and step of a repeated run.
+    layer and step of a repeated run. key_mean: [B, Hk, N, D], mean key of each tile, in `select`.
     """
 
     layout: TokenLayout
     clock: StepClock
     layer: int
     seed: int = 0
+    key_mean: Tensor | None = None
 
 
 class Terms(NamedTuple):

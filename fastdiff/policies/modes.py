@@ -7,25 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastdiff.blockmask import BlockMask
+from fastdiff.blockmask import ListedMask
 from fastdiff.layout import Grid, TokenLayout, tiling
 
 FULL, SKIP, DIAGONAL, MULTI, STRIPES = MODES = "fsdmv"
-
-
-@dataclass(frozen=True)
-class ListedMask(BlockMask):
-    """A BlockMask whose lists and density were known before: nothing is sorted at a call."""
-
-    indices: Tensor
-    counts: Tensor
-    kept: Tensor
-
-    def lists(self) -> tuple[Tensor, Tensor]:
-        return self.indices, self.counts
-
-    def density(self) -> Tensor:
-        return self.kept
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdiff.blockmask import BlockMask
+from fastdiff.blockmask import BlockMask, ListedMask
 from fastdiff.kernels.block_pool import block_pool
+from fastdiff.kernels.tile_select import tile_select
 from fastdiff.layout import Tiling
 from fastdiff.policies.base import Context, Policy, _check
 
@@ -56,11 +57,19 @@ class TileSparse(Policy):
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:
-        key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
+        key_mean = context.key_mean
+        if key_mean is None:
+            key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
+        density = self._budget(context, query.device)
+        if self.select_by == "threshold" and self.beta is None and isinstance(density, float):
+            found = tile_select(query, key_mean, tiles.offsets, tiles.always, tiles.dense_rows,
+                                density=density, probes=self.probes)
+            pairs = query.shape[0] * query.shape[2] * query.shape[1] ** 2
+            return ListedMask(found.keep, tiles.offsets, tiles.block, found.indices, found.counts,
+                              found.pairs / pairs)
         mass = tile_mass(query, key_mean, tiles, self.probes)
         # per key, so that a short border tile is not judged by its size
         scores = (mass / tiles.lengths).clamp_min(1e-20).log()
-        density = self._budget(context, query.device)
         keep = keep_tiles(scores, tiles, self.select_by, density, self.beta, self.p)
         return BlockMask(keep, tiles.offsets, tiles.block)
 

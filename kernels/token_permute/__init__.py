@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["permute_tokens", "unpermute_tokens"]
 
-IMPLEMENTATIONS = {"torch": ".torch_impl", "reference": ".reference"}
+IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
 
 
 def permute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
@@ -32,7 +32,16 @@ def _choose(x: Tensor, order: Tensor, impl: str) -> ModuleType:
         raise ValueError(
             f"order must be int32 or int64 on {x.device}, got {order.dtype} on {order.device}"
         )
-    impl = "torch" if impl == "auto" else impl
+    if impl == "auto":
+        impl = "triton" if x.is_cuda and not _refused(x) else "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "triton" and (reasons := _refused(x)):
+        raise ValueError(f"triton cannot permute {tuple(x.shape)}: {', '.join(reasons)}")
     return import_module(IMPLEMENTATIONS[impl], __name__)
+
+
+def _refused(x: Tensor) -> list[str]:
+    module = import_module(IMPLEMENTATIONS["triton"], __name__)
+    grad = ["a gradient is wanted"] if x.requires_grad and torch.is_grad_enabled() else []
+    return module.not_supported_reasons(x) + grad

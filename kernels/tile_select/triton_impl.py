@@ -1,0 +1,63 @@
+"""Tile selection in two launches: scores with their histogram, then cut and lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.availability import interpreting, triton_reasons
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIM = 256
+TILES = 16384
+BINS, REACH = 1024, 8.0
+
+
+def not_supported_reasons(query: Tensor, key_mean: Tensor, probes: int) -> list[str]:
+    reasons = triton_reasons(query.device)
+    if query.dtype not in DTYPES:
+        reasons.append(f"dtype {query.dtype} is not one of {DTYPES}")
+    if query.shape[-1] > HEAD_DIM:
+        reasons.append(f"head_dim {query.shape[-1]} is above {HEAD_DIM}")
+    if key_mean.shape[2] > TILES:
+        reasons.append(f"{key_mean.shape[2]} tiles are more than {TILES}")
+    if probes not in (1, 2, 4, 8, 16):
+        reasons.append(f"probes={probes} is not a power of two up to 16")
+    return reasons
+
+
+def run(
+    query: Tensor, key_mean: Tensor, offsets: Tensor, always: Tensor, dense_rows: Tensor, *,
+    density: float, probes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .triton_kernel import tile_list_kernel, tile_score_kernel
+
+    B, S, H, D = query.shape
+    HK, N = key_mean.shape[1:3]
+    device = query.device
+    x = torch.empty(B, H, N, N, dtype=torch.float32, device=device)
+    stats = torch.empty(B, H, N, 2, dtype=torch.float32, device=device)
+    # the histograms, and after them the kept pairs: one memory to set to zero
+    zeros = torch.zeros(B * BINS // 2 + 1, dtype=torch.int64, device=device)
+    histogram, pairs = zeros[:-1].view(torch.int32), zeros[-1]
+    keep = torch.empty(B, H, N, N, dtype=torch.bool, device=device)
+    indices = torch.empty(B, H, N, N, dtype=torch.int32, device=device)
+    counts = torch.empty(B, H, N, dtype=torch.int32, device=device)
+    if x.numel() == 0:
+        return keep, indices, counts, pairs
+    key_mean = key_mean if key_mean.stride(-1) == 1 else key_mean.contiguous()
+    always, dense_rows = always.view(torch.uint8), dense_rows.view(torch.uint8)
+    ROWS = max(1, 64 // probes)
+    BN = 64
+    tile_score_kernel[(-(-N // ROWS), B * H)](
+        query, key_mean, offsets, always, dense_rows, x, stats, histogram,
+        *query.stride()[:3], *key_mean.stride()[:3], S, H, H // HK, N,
+        D**-0.5 * 1.4426950408889634, D=D, BD=max(16, 1 << (D - 1).bit_length()), PROBES=probes,
+        ROWS=ROWS, BN=BN, BINS=BINS, REACH=REACH, UPCAST=interpreting(), num_warps=4,
+    )
+    tile_list_kernel[(N, B * H)](
+        x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
+        zeros[-1:], H, N, density, BN=min(2048, max(16, 1 << (N - 1).bit_length())), BINS=BINS,
+        REACH=REACH, num_warps=4,
+    )
+    return keep, indices, counts, pairs

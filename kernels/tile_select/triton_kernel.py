@@ -1,0 +1,159 @@
+"""The Triton kernels of tile selection; importing this file imports triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr):
+    # the interpreter multiplies bfloat16 as if it were integers
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def step_of_z(x, mean, rsqrt, BINS: tl.constexpr, REACH: tl.constexpr):
+    z = (x - mean) * rsqrt
+    step = tl.floor((z + REACH) * (BINS / (2 * REACH)))
+    return tl.minimum(tl.maximum(step, 0.0), BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def probe_scores(b_q, p_k, offsets, i_n, N, o_d, scale, skn, D: tl.constexpr, BN: tl.constexpr,
+                 UPCAST: tl.constexpr):
+    """Scores of the probes against BN mean keys, base 2, raised by the log of the tile length."""
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < N
+    length = (tl.load(offsets + o_n + 1, mask=m_n, other=0)
+              - tl.load(offsets + o_n, mask=m_n, other=0)).to(tl.float32)
+    b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * skn + o_d[None, :],
+                  mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
+    raised = tl.where(length > 0, tl.log2(tl.maximum(length, 1.0)), -float("inf"))
+    return b_s + raised[None, :], o_n, m_n, length
+
+
+@triton.jit(do_not_specialize=["S", "H", "GROUPS", "N"])
+def tile_score_kernel(
+    query, key_mean, offsets, always, dense_rows, x, stats, histogram,
+    sqb, sqs, sqh, skb, skh, skn, S, H, GROUPS, N, scale,
+    D: tl.constexpr, BD: tl.constexpr, PROBES: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BINS: tl.constexpr, REACH: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """ROWS tiles of queries, each by PROBES of its queries."""
+    i_bh = tl.program_id(1)
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = (i_bh % H).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < N
+    o_p = tl.arange(0, ROWS * PROBES)
+    i_tile = tl.program_id(0) * ROWS + o_p // PROBES
+    m_p = i_tile < N
+    start = tl.load(offsets + i_tile, mask=m_p, other=0)
+    last = tl.load(offsets + i_tile + 1, mask=m_p, other=1) - start - 1
+    if PROBES > 1:
+        token = start + last * (o_p % PROBES) // (PROBES - 1)
+    else:
+        token = start + last // 2
+    b_q = tl.load(query + i_b * sqb + i_h * sqh + token.to(tl.int64)[:, None] * sqs + o_d[None, :],
+                  mask=m_p[:, None] & (o_d < D)[None, :], other=0.0)
+    p_k = key_mean + i_b * skb + (i_h // GROUPS) * skh
+
+    # the softmax of every probe
+    b_m = tl.full([ROWS * PROBES], -float("inf"), tl.float32)
+    b_l = tl.zeros([ROWS * PROBES], tl.float32)
+    for i_n in range(0, N, BN):
+        b_s, o_n, m_n, length = probe_scores(b_q, p_k, offsets, i_n, N, o_d, scale, skn, D, BN,
+                                             UPCAST)
+        b_new = tl.maximum(b_m, tl.max(b_s, 1))
+        b_l = b_l * tl.exp2(b_m - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
+        b_m = b_new
+
+    # log of the mean over the probes; sums over the row for its mean and deviation
+    p_x = x + (i_bh.to(tl.int64) * N + o_row[:, None]) * N
+    b_w = tl.zeros([ROWS], tl.float32)
+    b_1 = tl.zeros([ROWS], tl.float32)
+    b_2 = tl.zeros([ROWS], tl.float32)
+    for i_n in range(0, N, BN):
+        b_s, o_n, m_n, length = probe_scores(b_q, p_k, offsets, i_n, N, o_d, scale, skn, D, BN,
+                                             UPCAST)
+        b_p = tl.exp2(b_s - b_m[:, None]) / b_l[:, None]
+        mass = tl.sum(tl.reshape(b_p, [ROWS, PROBES, BN]), 1) / PROBES
+        b_x = tl.log(tl.maximum(mass * (S / tl.maximum(length, 1.0))[None, :], 1e-20))
+        free = tl.load(always + o_n, mask=m_n, other=1) == 0
+        weight = tl.where(free, length, 0.0)
+        b_w += tl.sum(weight[None, :] + b_x * 0, 1)
+        b_1 += tl.sum(b_x * weight[None, :], 1)
+        b_2 += tl.sum(b_x * b_x * weight[None, :], 1)
+        tl.store(p_x + o_n[None, :], b_x, mask=m_row[:, None] & m_n[None, :])
+    b_w = tl.maximum(b_w, 1.0)
+    mean = b_1 / b_w
+    rsqrt = 1.0 / tl.sqrt(tl.maximum(b_2 / b_w - mean * mean, 1e-12))
+    p_stats = stats + (i_bh.to(tl.int64) * N + o_row) * 2
+    tl.store(p_stats, mean, mask=m_row)
+    tl.store(p_stats + 1, rsqrt, mask=m_row)
+
+    # how many entries of this program fall into each step of z; a whole program waits for its x
+    tl.debug_barrier()
+    dense = tl.load(dense_rows + o_row, mask=m_row, other=1) != 0
+    counted = tl.zeros([BINS], tl.int32)
+    for i_n in range(0, N, BN):
+        o_n = i_n + tl.arange(0, BN)
+        m_n = o_n < N
+        b_x = tl.load(p_x + o_n[None, :], mask=m_row[:, None] & m_n[None, :], other=0.0)
+        step = step_of_z(b_x, mean[:, None], rsqrt[:, None], BINS, REACH)
+        free = (tl.load(always + o_n, mask=m_n, other=1) == 0)[None, :] & ~dense[:, None]
+        free = free & (o_n[None, :] != o_row[:, None]) & m_row[:, None]
+        # what is not free goes to step 0, and is taken off again: older Tritons have no mask here
+        step = tl.where(free, step, 0)
+        taken = tl.sum(tl.sum((~free).to(tl.int32), 1), 0)
+        counted += tl.histogram(tl.reshape(step, [ROWS * BN]), BINS)
+        counted -= tl.where(tl.arange(0, BINS) == 0, taken, 0)
+    o_bin = tl.arange(0, BINS)
+    tl.atomic_add(histogram + i_b * BINS + o_bin, counted, mask=counted > 0)
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def tile_list_kernel(
+    x, stats, histogram, offsets, always, dense_rows, keep, indices, counts, pairs, H, N, density,
+    BN: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr,
+):
+    """One row of the map: what it keeps, as bytes and as a list."""
+    i_q = tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_b = i_bh // H
+    i_row = i_bh.to(tl.int64) * N + i_q
+    counted = tl.load(histogram + i_b * BINS + tl.arange(0, BINS)).to(tl.float32)
+    above = tl.cumsum(counted, 0, reverse=True)
+    free = tl.sum(counted, 0)
+    entries = H.to(tl.float32) * N * N
+    room = density * entries - (entries - free)
+    first = tl.sum((above > room).to(tl.int32), 0)
+
+    mean = tl.load(stats + i_row * 2)
+    rsqrt = tl.load(stats + i_row * 2 + 1)
+    dense = tl.load(dense_rows + i_q) != 0
+    own = tl.load(offsets + i_q + 1) - tl.load(offsets + i_q)
+    n_kept = tl.zeros([], tl.int32)
+    n_keys = tl.zeros([], tl.int64)
+    for i_n in range(0, N, BN):
+        o_n = i_n + tl.arange(0, BN)
+        m_n = o_n < N
+        b_x = tl.load(x + i_row * N + o_n, mask=m_n, other=0.0)
+        step = step_of_z(b_x, mean, rsqrt, BINS, REACH)
+        kept = (step >= first) | (tl.load(always + o_n, mask=m_n, other=0) != 0)
+        kept = (kept | dense | (o_n == i_q)) & m_n
+        place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(keep + i_row * N + o_n, kept.to(tl.uint8), mask=m_n)
+        tl.store(indices + i_row * N + place, o_n, mask=kept)
+        length = (tl.load(offsets + o_n + 1, mask=kept, other=0)
+                  - tl.load(offsets + o_n, mask=kept, other=0))
+        n_kept += tl.sum(kept.to(tl.int32), 0)
+        n_keys += tl.sum(length.to(tl.int64), 0)
+    tl.store(counts + i_row, n_kept)
+    tl.atomic_add(pairs, n_keys * own)
