@@ -35,6 +35,10 @@ def rebind(pipe: Any, size: Size, arguments: Arguments) -> dict[str, Any]:
         1, size.rows // 2, size.columns // 2, ids.device, ids.dtype)}
 
 
+def trained(model: Any) -> int | None:
+    return 512 * 512 if model.config.num_attention_heads == 24 else None
+
+
 FAMILY = Family(
     name="Flux",
     denoisers=("FluxTransformer2DModel", "ChromaTransformer2DModel"),
@@ -44,7 +48,7 @@ FAMILY = Family(
         cell=lambda pipe: pipe.vae_scale_factor,
         unit=lambda model: 2,
         whole=True,
-        trained=lambda model: 512 * 512,
+        trained=trained,
         others="its loop joins the latents with a condition of the full size, or was not examined",
         unpack=unpack,
         pack=pack,

@@ -13,6 +13,11 @@ def read(model: Any, arguments: Arguments) -> TokenLayout:
     return TokenLayout(grid, after=text_tokens(arguments))
 
 
+def trained(model: Any) -> int | None:
+    """Its authors trained at 256p, 360p, 540p and 720p in turn; 360 rows are 352 in whole units."""
+    return 352 * 640 if model.config.num_attention_heads == 24 else None
+
+
 FAMILY = Family(
     name="HunyuanVideo",
     denoisers=("HunyuanVideoTransformer3DModel",),
@@ -21,8 +26,7 @@ FAMILY = Family(
         pipelines=("HunyuanVideoPipeline",),
         cell=lambda pipe: pipe.vae_scale_factor_spatial,
         unit=lambda model: model.config.patch_size,
-        # its authors trained at 256p, 360p, 540p and 720p in turn
-        trained=lambda model: 360 * 640,
+        trained=trained,
         others="its loop joins the latents with a condition of the full size",
     ),
 )

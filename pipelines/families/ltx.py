@@ -34,6 +34,11 @@ def rebind(pipe: Any, size: Size, arguments: Arguments) -> dict[str, Any]:
     return {"height": size.rows, "width": size.columns}
 
 
+def trained(model: Any) -> int | None:
+    """The smallest size of its authors is not published; this is their pipeline's own."""
+    return 512 * 704 if model.config.num_attention_heads == 32 else None
+
+
 FAMILY = Family(
     name="LTX",
     denoisers=("LTXVideoTransformer3DModel",),
@@ -42,8 +47,7 @@ FAMILY = Family(
         pipelines=("LTXPipeline",),
         cell=lambda pipe: pipe.vae_spatial_compression_ratio,
         unit=lambda model: model.config.patch_size,
-        # the smallest size of its authors is not published; this is their pipeline's own
-        trained=lambda model: 512 * 704,
+        trained=trained,
         others="its loop knows the tokens of a condition by their coordinates",
         unpack=unpack,
         pack=pack,
