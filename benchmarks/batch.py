@@ -178,6 +178,9 @@ def main() -> None:
                 else shared(args, Path(home), count))
     name = "batch" if count is None else "batch-workers"
     settings = {key: value for key, value in vars(args).items() if key != "out"}
+    made = plan(1, args)[0].settings
+    settings |= {name: getattr(made, name) for name in (
+        "model", "height", "width", "frames", "steps", "dtype")}
     record.write(args.out or record.RESULTS / f"{name}-{device}.json", name, device, settings, rows)
 
 

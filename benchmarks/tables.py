@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
-         "fastdiff/models/tiny-video/README.md")
+         "docs/batch.md", "fastdiff/models/tiny-video/README.md")
 
 Row = dict
 
@@ -104,6 +104,33 @@ def ability(result: dict) -> list[str]:
             f"{_where(result, '')}"]
 
 
+def batch(result: dict) -> list[str]:
+    rows = [[str(row["together"]), f"{row['seconds']:.2f}",
+             f"{row['p20']:.2f} to {row['p80']:.2f}", f"{row['gain']:.2f}x",
+             f"{row['largest_difference']:.1e}"]
+            for row in result["rows"] if row["what"] == "seconds a job"]
+    heads = ["jobs in a call", "s a job", "p20 to p80", "gain", "largest difference of a pixel"]
+    both = next(row for row in result["rows"] if row["what"] == "overlap")
+    overlap = (f"Overlap: {both['jobs']} jobs with {both['denoising']:.1f} s in the pipeline and "
+               f"{both['writing']:.1f} s of writing took {both['wall']:.1f} s in all.")
+    return [*table(heads, rows), "", f"{overlap} {_job(result)}; {_interleaved(result)}"]
+
+
+def _job(result: dict) -> str:
+    made = result["settings"]
+    return (f"A job is {made['frames']} frames of {made['height']} x {made['width']} by "
+            f"{made['model']}, {made['steps']} steps, {made['method']}, {made['dtype']}")
+
+
+def batch_workers(result: dict) -> list[str]:
+    rows = [[str(row["workers"]), "one" if row["killed"] else "none", str(row["jobs"]),
+             f"{row['jobs_per_second']:.2f}", f"{row['wall']:.0f}",
+             ", ".join(map(str, row["by_worker"]))] for row in result["rows"]]
+    heads = ["workers", "killed", "jobs", "jobs a second, once loaded", "s in all", "by worker"]
+    return [*table(heads, rows), "",
+            _where(result, f"{_job(result)}; every job has one result, written once")]
+
+
 def _interleaved(result: dict) -> str:
     first = result["rows"][0]
     repeats = first.get("repeats", first.get("rounds"))
@@ -126,6 +153,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "denoiser": ("denoiser_cuda.json", denoiser),
     "kernels": ("kernels_gpu.json", kernels),
     "cpu-attention": ("cpu_attention.json", cpu_attention),
+    "batch": ("batch-cpu.json", batch),
+    "batch-workers": ("batch-workers-cpu.json", batch_workers),
     "ability": ("tiny_video_ability.json", ability),
 }
 

@@ -70,14 +70,11 @@ def run(
     naming file and line, and OSError where the folder cannot be written. A job that fails while
     it runs is in the outcome's `failed`. Interrupted work is taken up by the next call.
     """
+    if load is not None and processes > 1:
+        raise InputError("load= gives a pipeline of this process: use processes=1")
     tasks = plan(jobs, grid=grid, defaults=defaults, images=images, device=device)
-    hooks = Hooks()
-    hooks.on_event, hooks.on_step = on_event or hooks.on_event, on_step or hooks.on_step
-    hooks.stop = stop or hooks.stop
-    if load is not None:
-        if processes > 1:
-            raise InputError("load= gives a pipeline of this process: use processes=1")
-        hooks.maker = PipelineMaker(load=load)
+    hooks = Hooks(on_event or (lambda event: None), on_step or (lambda step, of: None),
+                  stop or Event(), PipelineMaker(load=load) if load else None)
     options = Options(device, batch_size, processes, retry_failed)
     return run_tasks(tasks, Folder(Path(out)), options, hooks)
 
@@ -110,6 +107,9 @@ def run_tasks(
     tasks = distinct(jobs)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch_size={options.batch_size}: accepted is 1 or more")
+    if options.processes > 1 and ":" in (options.device or ""):
+        raise InputError(f"device {options.device!r} is one device, and there are "
+                         f"{options.processes} workers: leave it out")
     folder.prepare()
     folder.drop_orphans(tasks)
     if options.retry_failed:

@@ -115,8 +115,10 @@ class Folder:
         for task in tasks:
             for suffix in _suffixes(task):
                 path = self.path / f"{task.stem}{suffix}"
-                if not path.exists():
-                    output.sidecar_of(path).unlink(missing_ok=True)
+                sidecar = output.sidecar_of(path)
+                # in this order: who writes now writes the sidecar last
+                if sidecar.exists() and not path.exists():
+                    sidecar.unlink(missing_ok=True)
 
     def listing(self) -> tuple[set[str], set[str]]:
         """(ids that are done, ids that failed), by file names alone: fast for many."""
