@@ -84,8 +84,8 @@ class Variant:
         assert policy is not None
         dense = policy._dense_steps(STEPS) / STEPS
         self.facts |= {
-            "density": total["density_all_calls"],
-            "density_all_steps": dense + (1 - dense) * total["density_all_calls"],
+            "density": knobs.realised(total), "operations": total["density_all_calls"],
+            "density_all_steps": dense + (1 - dense) * knobs.realised(total),
             "dense_steps": dense, "sparse_calls": total["sparse_calls"],
             "dense_calls": total["dense_calls"],
             "implementation": next((r["implementation"] for r in rows if r["implementation"]), ""),

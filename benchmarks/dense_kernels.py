@@ -1,4 +1,4 @@
-"""The dense attention kernels of this machine, each as a context in which dense calls use it."""
+"""The dense attention kernels of this machine; each is a context in which dense calls use it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

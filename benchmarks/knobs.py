@@ -10,6 +10,16 @@ WITHOUT_PLAN: dict[str, dict[str, Any]] = {"sparse-vdit": {"modes": "dmv"}}
 OURS = "tile-sparse"
 
 
+def realised(total: dict[str, Any]) -> float:
+    """Density over the steps that were to be sparse, from a report's summary.
+
+    Calls that the method itself left dense count in full; the pooled tail is not counted.
+    """
+    dense = sum(n for why, n in total["dense_calls"].items() if why != "dense step")
+    calls = total["sparse_calls"] + dense
+    return (total["density"] * total["sparse_calls"] + dense) / calls if calls else 1.0
+
+
 def names(only: list[str] | None = None) -> list[str]:
     """Attention methods, ours first and controls last; `only` picks some, in its order."""
     known = methods()

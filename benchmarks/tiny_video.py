@@ -6,7 +6,6 @@ python benchmarks/tiny_video.py --quality off   # time of one denoiser forward o
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -16,34 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record  # noqa: E402
+from clips import PROMPTS, decode, other_kernel, synchronize  # noqa: E402
+from likeness import mean_ci, similarity  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.models import load  # noqa: E402
-from training.autoencoder import FullSequence  # noqa: E402
 
-PROMPTS = [
-    "a red apple moving left on a blue background",
-    "a sailboat moving right on a cyan background",
-    "a rocket moving up on a black background",
-    "a hamburger spinning on a green background",
-    "a strawberry bouncing on a white background",
-    "a balloon moving up on a yellow background",
-    "a banana moving down on a purple background",
-    "a carrot growing on a brown background",
-    "a pineapple moving right on a striped pink background",
-    "a mushroom not moving on a dotted green background",
-    "a doughnut spinning on an orange background",
-    "a slice of pizza moving left on a gray background",
-    "a watermelon bouncing on a red background",
-    "an eggplant growing on a gradient yellow background",
-    "a bunch of grapes moving down on a white background",
-    "a sun moving up on a blue background",
-]
 DENSITIES = (0.5, 0.25, 0.1)
 
 
@@ -74,45 +55,6 @@ def set_variant(pipe: Any, knobs: dict[str, Any] | None) -> None:
     if knobs is not None:
         options = dict(knobs)
         fastdiff.enable(pipe, options.pop("method"), strict=True, **options)
-
-
-def other_kernel(device: str) -> Any:
-    """Another dense kernel: the noise floor of every similarity below."""
-    # the text encoder's biased attention needs the second choice on a GPU
-    gpu = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(gpu if device == "cuda" else [SDPBackend.MATH])
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-@torch.no_grad()
-def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, T, H, W] to frames [B, T, 3, H, W] in [0, 1].
-
-    By the streamlined decoder of `training/`, which tests hold equal to the stock one.
-    """
-    config = pipe.vae.config
-    shape = (1, config.z_dim, 1, 1, 1)
-    mean = torch.tensor(config.latents_mean, device=latents.device).view(shape)
-    std = torch.tensor(config.latents_std, device=latents.device).view(shape)
-    latents = (latents.float() * std + mean).to(pipe.vae.dtype).transpose(1, 2)
-    clips = [FullSequence(pipe.vae).decode(clip) for clip in latents.split(8)]
-    return (torch.cat(clips).float() / 2 + 0.5).clamp(0, 1)
-
-
-def similarity(clips: Tensor, stock: Tensor) -> tuple[list[float], list[float]]:
-    """PSNR in dB and SSIM of each clip to stock's."""
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    error = (clips - stock).square().flatten(1).mean(1).clamp_min(1e-12)
-    psnr = (-10 * error.log10()).tolist()
-    found = [
-        float(ssim(a, b, data_range=1.0)) for a, b in zip(clips, stock, strict=True)
-    ]
-    return psnr, found
 
 
 def quality(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -202,13 +144,6 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_ci(values: list[float]) -> dict[str, float]:
-    """Mean with the half width of its 95 % confidence interval (None of a single value)."""
-    x = torch.tensor(values, dtype=torch.float64)
-    half = 1.96 * float(x.std()) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": round(float(x.mean()), 4), "ci95": half and round(half, 4)}
-
-
 @torch.no_grad()
 def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One denoiser forward, all variants in turn, at several clip sizes."""
@@ -262,7 +197,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quality", choices=("on", "off"), default="on")
     parser.add_argument("--time", choices=("on", "off"), default="on")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=16, help="of 32")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--only", nargs="*", default=[], help="variants to run, by their names")
     parser.add_argument("--work", type=Path, help="folder of finished clips, for resuming")

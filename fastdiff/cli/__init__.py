@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastdiff.cli import batch, calibrate, demo, doctor, errors, generate, methods, models
+from fastdiff.cli import batch, bench, calibrate, demo, doctor, errors, generate, methods, models
 
 
 class Commands(TyperGroup):
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("batch")(batch.batch)
+app.add_typer(bench.app, name="bench")
 app.command("calibrate")(calibrate.calibrate)
 app.command("demo")(demo.demo)
 app.command("models")(models.models)
