@@ -18,6 +18,9 @@ from fastdiff.shadow import ORIGINAL, restore_class, swap_class
 Stage = Callable[..., Tensor]
 
 
+CLAIMS = "_fastdiff_claims"
+
+
 class Entry:
     """Everything that one method put into the models, and the way to take it out."""
 
@@ -31,6 +34,18 @@ class Entry:
 
     def on_leave(self, undo: Callable[[], Any]) -> None:
         self._undo.append(undo)
+
+    def claim(self, model: nn.Module, name: str, clashes: tuple[str, ...]) -> None:
+        """Say that this method works on the model; ValueError where another one is in the way.
+
+        clashes: methods that cannot work beside this one, in whichever order they came.
+        """
+        claims = model.__dict__.get(CLAIMS, {})
+        for other, its_clashes in claims.items():
+            if other in clashes or name in its_clashes:
+                raise ValueError(f"{name} and {other} change the same tokens of a model: use one")
+        object.__setattr__(model, CLAIMS, {**claims, name: clashes})
+        self.on_leave(lambda: _withdraw(model, name))
 
     # native hooks: accelerate's offload puts module.forward back and would lose a wrapper of it
 
@@ -93,6 +108,14 @@ def _put_back(module: nn.Module, stage: Stage | None) -> None:
         module.__dict__.pop(STAGE, None)
     else:
         object.__setattr__(module, STAGE, stage)
+
+
+def _withdraw(model: nn.Module, name: str) -> None:
+    left = {other: clash for other, clash in model.__dict__[CLAIMS].items() if other != name}
+    if left:
+        object.__setattr__(model, CLAIMS, left)
+    else:
+        del model.__dict__[CLAIMS]
 
 
 def _restore_fused(model: nn.Module) -> None:

@@ -61,6 +61,7 @@ class KVDownsample(Method):
     def attach(self, host: Host) -> Callable[[], None]:
         entry, phase = Entry(), Phase(host.clock, self.dense_steps)
         for name, part in host.models.items():
+            entry.claim(part.model, self.name, ())
             here = sites(name, part)
             stages: dict[str, Any] = {}
             for path, site in here.items():

@@ -65,9 +65,19 @@ class Pruner(Method):
         raise NotImplementedError
 
     def attach(self, host: Host) -> Callable[[], None]:
-        entry, phase, branches = Entry(), Phase(host.clock, self.early_steps), Branches(host)
+        entry = Entry()
+        try:
+            self._enter(host, entry)
+        except BaseException:
+            entry.leave()
+            raise
+        return entry.leave
+
+    def _enter(self, host: Host, entry: Entry) -> None:
+        phase, branches = Phase(host.clock, self.early_steps), Branches(host)
         blocks = []
         for name, part in host.models.items():
+            entry.claim(part.model, self.name, ("at-edm", "zero-tprune", "tome", "linfusion"))
             here = {path: site for path, site in sites(name, part).items()
                     if part.family.site == "Transformer2DModel" and _layered(site.module)}
             most = max((len(layers_of(site.module)) for site in here.values()), default=0)
@@ -75,7 +85,7 @@ class Pruner(Method):
             for path, site in here.items():
                 if self.layout == "all" or len(layers_of(site.module)) == most:
                     block = Block(self, host, site, phase, branches, _spared(path, here))
-                    blocks.append((entry, block))
+                    blocks.append(block)
                     chosen[f"{path}.transformer_blocks.0.attn1"] = block.stage
             if chosen:
                 entry.stages(part.model, host.clock, chosen, outermost=True)
@@ -85,9 +95,8 @@ class Pruner(Method):
                 f"{self.name} drops tokens inside the attention blocks of a UNet (Stable Diffusion "
                 f"1.5, 2, XL), and {kinds} has none. In a diffusion transformer a dropped token "
                 "stays stale and pictures collapse; use kv-downsample or query-skip there.")
-        for entry, block in blocks:
+        for block in blocks:
             block.enter(entry)
-        return entry.leave
 
 
 def _layered(module: Any) -> bool:
