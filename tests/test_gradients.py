@@ -1,0 +1,178 @@
+"""Training through the op: gradients of a sparse model, in eager and in compiled code."""
+
+# diffusers exports its classes lazily and annotates arguments narrowly; no type is checked here
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch._dynamo.utils import counters
+
+import fastdiff
+from fastdiff import gradients
+from fastdiff.attention import DenseFallbackError
+from fastdiff.policies.base import Attended
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return {"hidden_states": torch.randn(1, 16, 3, 10, 14, generator=generator),
+            "timestep": torch.tensor([5]), "return_dict": False,
+            "encoder_hidden_states": torch.randn(1, 24, 32, generator=generator)}
+
+
+def enable(model, **changes):
+    return fastdiff.enable(model, "tile-sparse", **zoo.small_options("wan", **changes))
+
+
+def learn(model):
+    """The output, and the gradients of its squared sum, by parameter name."""
+    model.zero_grad()
+    out = model(**inputs())[0]
+    out.float().square().sum().backward()
+    named = getattr(model, "_orig_mod", model).named_parameters()
+    return out.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def assert_same(found, wanted):
+    assert found[1].keys() == wanted[1].keys()
+    zoo.assert_near(found[0], wanted[0])
+    for name, grad in wanted[1].items():
+        zoo.assert_near(found[1][name], grad)
+
+
+def test_all_tiles_kept_gives_stock_gradients():
+    model = zoo.wan_transformer()
+    stock = learn(model)
+    handle = enable(model, density=1.0)
+    assert_same(learn(model), stock)
+    total = handle.report.summary()
+    assert total["sparse_calls"] == 2 and not total["fallbacks"]
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_sparse_gradients_are_those_of_the_reference(tail):
+    model = zoo.wan_transformer()
+    stock = learn(model)
+    handle = enable(model, tail=tail)
+    found = learn(model)
+    handle._session.impl = "reference"
+    assert_same(found, learn(model))
+    name = "blocks.0.attn1.to_q.weight"
+    assert not torch.allclose(found[1][name], stock[1][name])
+
+
+def test_only_the_values_are_trained():
+    model = zoo.wan_transformer().requires_grad_(False)
+    model.blocks[0].attn1.to_v.requires_grad_(True)
+    stock = learn(model)
+    enable(model, density=1.0)
+    assert_same(learn(model), stock)
+
+
+def test_gradient_checkpointing():
+    model = zoo.wan_transformer().train()
+    handle = enable(model)
+    plain = learn(model)
+    model.enable_gradient_checkpointing()
+    assert_same(learn(model), plain)
+    assert handle.report.summary()["sparse_calls"] == 2 + 4
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(grad):
+    model = zoo.wan_transformer()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        stock = model(**inputs())[0]
+        enable(model, density=1.0)
+        found = model(**inputs())[0]
+    assert found.dtype == stock.dtype == torch.bfloat16
+    torch.testing.assert_close(found, stock, rtol=0.05, atol=0.05)
+    if grad:
+        found.float().sum().backward()
+        assert model.blocks[0].attn1.to_q.weight.grad.any()
+
+
+def test_without_gradients_the_op_runs(monkeypatch):
+    model = zoo.wan_transformer()
+    enable(model)
+    monkeypatch.setattr(gradients, "attend", None)
+    with torch.no_grad():
+        model(**inputs())
+    with pytest.raises(TypeError):
+        model(**inputs())
+
+
+def test_a_method_without_gradients_is_not_trained_in_silence(monkeypatch):
+    def attend(self, query, key, value, context, terms):
+        q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return Attended(out, torch.tensor(1.0))
+
+    monkeypatch.setattr(fastdiff.TileSparse, "attend", attend)
+    model = zoo.wan_transformer()
+    stock = learn(model)
+    handle = enable(model, strict=False)
+    assert_same(learn(model), stock)
+    (reason, count), = handle.report.summary()["fallbacks"].items()
+    assert "tile-sparse computes attention without them" in reason and count == 2
+    enable(model, strict=True)
+    with pytest.raises(DenseFallbackError, match="gradients are wanted"):
+        learn(model)
+
+
+def test_a_few_steps_lower_the_loss():
+    torch.manual_seed(0)
+    model = zoo.wan_transformer()
+    enable(model, density=0.3)
+    target = torch.randn(1, 16, 3, 10, 14)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        loss = F.mse_loss(model(**inputs())[0], target)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_whole(backend):
+    model = zoo.wan_transformer()
+    handle = enable(model)
+    eager = learn(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        assert_same(learn(compiled), eager)
+    assert handle.report.summary()["sparse_calls"] == 6
+    assert not counters["graph_break"]
+    model.requires_grad_(False)
+    with torch.no_grad():
+        zoo.assert_near(compiled(**inputs())[0], eager[0])
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_forward_without_backward_leaves_nothing(backend, monkeypatch):
+    alive = []
+
+    def watched(*args):
+        out = watched.attend(*args)
+        alive.append(weakref.ref(out))
+        return out
+
+    watched.attend = gradients.attend
+    monkeypatch.setattr(gradients, "attend", watched)
+    model = zoo.wan_transformer()
+    enable(model)
+    out = torch.compile(model, backend=backend, fullgraph=True)(**inputs())[0]
+    assert len(alive) == 2 and all(ref() is not None for ref in alive)
+    del out
+    gc.collect()
+    assert all(ref() is None for ref in alive)
