@@ -8,6 +8,7 @@ from torch import Tensor
 from .data import Batch, render
 from .image_models import CHANNELS, encode_prompts
 from .image_state import ImageState
+from .lean_codec import LeanCodec
 from .progress import synchronise
 from .scenes import SceneSource
 from .text import EOS, TOKENS
@@ -17,9 +18,11 @@ class ImageBank:
     """Latents [N, 16, E / 8, E / 8] of E x E pictures with their captions' ids and outputs."""
 
     def __init__(
-        self, edge: int, config: dict, state: ImageState, source: SceneSource, sprites: Tensor
+        self, edge: int, config: dict, state: ImageState, source: SceneSource, codec: LeanCodec,
+        sprites: Tensor,
     ):
         self.edge, self.state, self.source, self.sprites = edge, state, source, sprites
+        self.codec = codec
         self.batch, self.capacity = config["encode_batch"], config["bank"]
         self.filled = self.cursor = 0
         device, text, cells = state.device, state.config["text"], edge // 8
@@ -47,8 +50,7 @@ class ImageBank:
         device = self.state.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             frames = render(scenes, self.sprites, self.edge)[:, 0]
-            vae = self.state.vae
-            moments = vae.quant_conv(vae.encoder(frames))
+            moments = self.codec.encode(frames)
         self.latents[rows] = moments[:, :CHANNELS].to(torch.bfloat16)
         hidden, pooled = encode_prompts(self.state.text, self.state.clip, ids)
         self.ids[rows] = ids

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import time
 import tomllib
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from .image_sampling import evaluate_images
 from .image_stages import ImageRun, train_codec, train_full, train_prompt_encoders, train_small
 from .image_state import ImageState, export_image
+from .probe import Probes
 from .progress import Compiler, Log, fast_arithmetic
 from .scenes import SceneSource
 from .sheets import grid, stack
@@ -21,9 +23,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True, help="full state, same machine")
-    parser.add_argument("--out", type=Path, required=True, help="pipeline folder, curves, report")
-    parser.add_argument("--start", type=Path, help="pipeline folder, used if --state is empty")
-    parser.add_argument("--seconds", type=float, required=True, help="wall clock of this piece")
+    parser.add_argument("--out", type=Path, required=True, help="folder, curves, restart parts")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--start", type=Path, help="pipeline folder, used if --state is empty")
+    start.add_argument("--resume", type=Path, help="restart parts, used if --state is empty")
+    clock = parser.add_mutually_exclusive_group(required=True)
+    clock.add_argument("--seconds", type=float, help="wall clock of this piece")
+    clock.add_argument("--until", type=float, help="its end, in seconds since 1970")
     parser.add_argument("--last", action="store_true", help="end the schedule with this piece")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
@@ -38,6 +44,9 @@ def prepare(args: argparse.Namespace, log: Log) -> ImageRun:
     if (args.state / "state.pt").exists():
         state.load(args.state)
         resumed = "state"
+    elif args.resume is not None:
+        state.load_compact(args.resume)
+        resumed = "parts"
     elif args.start is not None:
         state.load_folder(args.start)
         resumed = str(args.start.name)
@@ -54,7 +63,18 @@ def prepare(args: argparse.Namespace, log: Log) -> ImageRun:
             k: sum(p.numel() for p in m.parameters()) * 2e-6 for k, m in state.modules().items()
         },
     )
-    return ImageRun(state, log, Compiler(device.type == "cuda" and not args.no_compile), source)
+    probes = Probes(args.config, log, device.type == "cuda" and not args.no_compile)
+    run = ImageRun(state, log, Compiler(False), source, probes)
+    run.save = lambda: save(run, args)
+    return run
+
+
+def save(run: ImageRun, args: argparse.Namespace) -> None:
+    """The full state for this machine, and restart parts for any."""
+    begin = time.monotonic()
+    run.state.save(args.state)
+    parts = run.state.save_compact(args.out / "restart")
+    run.log.write("saved", parts=len(parts), seconds=time.monotonic() - begin)
 
 
 def train(run: ImageRun, args: argparse.Namespace) -> None:
@@ -67,10 +87,9 @@ def train(run: ImageRun, args: argparse.Namespace) -> None:
     ):
         if not run.state.stage(name)["done"]:
             stage(run, reserve)
-            run.state.save(args.state)
+            run.save()
     if not run.state.stage("full")["done"] and run.log.left() > reserve + 10:
         train_full(run, reserve, args.last)
-        run.state.save(args.state)
 
 
 def finish(run: ImageRun, args: argparse.Namespace) -> None:
@@ -98,16 +117,15 @@ def finish(run: ImageRun, args: argparse.Namespace) -> None:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "tiny-image.jsonl", args.seconds)
+    seconds = args.seconds or args.until - time.time()
+    log = Log(args.out / "tiny-image.jsonl", seconds)
     run = prepare(args, log)
     try:
-        try:
-            train(run, args)
-        except Exception:
-            traceback.print_exc()
-            run.state.save(args.state)
+        # a failed stage leaves what the last one saved: run the same command again
+        train(run, args)
         finish(run, args)
     finally:
+        run.probes.close()
         run.source.close()
 
 

@@ -3,19 +3,22 @@
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .autoencoder import reconstruction_loss
 from .captions import caption
 from .data import Batch, load_sprites, random_scene, render
 from .image_bank import ImageBank
 from .image_models import CHANNELS, encode_prompts, fold_statistics
 from .image_sampling import check
 from .image_state import ImageState
-from .joint import LeanJoint, joint_loss
+from .joint import LeanJoint, compile_layers, joint_loss
+from .lean_codec import LeanCodec, codec_loss
+from .probe import Probes
 from .progress import Compiler, Log
 from .scenes import SceneSource
 from .stages import cosine, run_stage
@@ -30,6 +33,8 @@ class ImageRun:
     log: Log
     compiler: Compiler
     source: SceneSource
+    probes: Probes
+    save: Callable[[], None] = lambda: None
     sprites: Tensor = field(init=False)
     banks: dict[int, ImageBank] = field(default_factory=dict)
     rare: bool = False
@@ -37,10 +42,15 @@ class ImageRun:
     def __post_init__(self) -> None:
         self.sprites = load_sprites(self.state.device, self.state.config["sprites"])
         self.joint = LeanJoint(self.state.denoiser)
-        if self.compiler.active:
-            model = self.state.denoiser
-            for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-                block.compile(dynamic=False)
+        self.plain_codec = LeanCodec(self.state.vae)
+        self.codec_compiler = Compiler(False)
+        compile_layers(self.state.denoiser)
+
+    @cached_property
+    def codec(self) -> LeanCodec:
+        """The autoencoder, compiled if its probe went well."""
+        self.codec_compiler.active = self.probes.allows("codec", 45)
+        return LeanCodec(self.state.vae, self.codec_compiler)
 
     @property
     def stance(self) -> str:
@@ -54,7 +64,8 @@ class ImageRun:
     def bank(self, edge: int, config: dict) -> ImageBank:
         if edge not in self.banks:
             begin = time.monotonic()
-            bank = ImageBank(edge, config, self.state, self.source, self.sprites)
+            codec = self.codec if config.get("edge") == edge else self.plain_codec
+            bank = ImageBank(edge, config, self.state, self.source, codec, self.sprites)
             bank.fill(config["fill_seconds"])
             spent = time.monotonic() - begin
             rate = bank.filled / spent
@@ -118,28 +129,26 @@ def train_codec(run: ImageRun, reserve: float) -> None:
     pool = run.source.pool_of("pictures", 4, state.device)
     rng, count, crop = random.Random(5), 0, config["crop"]
 
+    codec = run.plain_codec
+
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
+        nonlocal count, codec
+        if codec is run.plain_codec and run.probes.settled("codec"):
+            codec = run.codec
         edge = rng.choice(config["edges"])
         frames = _window(run, pool, config["batch"], edge, crop, rng)
         with run.autocast():
-            moments = state.vae.quant_conv(state.vae.encoder(frames)).float()
-            mean, log_variance = moments.chunk(2, 1)
-            log_variance = log_variance.clamp(-20, 4)
-            latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
-            back = state.vae.decoder(state.vae.post_quant_conv(latents))
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-            loss = reconstruction_loss(back[:, None], frames[:, None]) + config["kl"] * kl
+            loss, error = codec_loss(codec, frames, config["kl"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
         optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 200)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count += 1
-        error = (back.detach().float().clamp(-1, 1) - frames).square().mean()
         return {"loss": loss.detach(), "psnr": -10 * torch.log10(error / 4)}
 
-    run_stage(run, "codec", step, config["seconds"], reserve)
+    guarded = run.codec_compiler.guard(step, run.log, "codec")
+    run_stage(run, "codec", guarded, config["seconds"], reserve)
     _finish_codec(run, pool)
 
 
@@ -163,8 +172,8 @@ def _finish_codec(run: ImageRun, pool: Batch) -> None:
         for _ in range(3):
             frames = _window(run, pool, 16, edge, edge, rng)
             with run.autocast():
-                mean = state.vae.quant_conv(state.vae.encoder(frames))[:, :CHANNELS]
-                back = state.vae.decoder(state.vae.post_quant_conv(mean)).float().clamp(-1, 1)
+                mean = run.plain_codec.encode(frames)[:, :CHANNELS]
+                back = run.plain_codec.decode(mean).float().clamp(-1, 1)
             total.append((back - frames).square().mean().item())
             rows.append(mean.float().transpose(0, 1).flatten(1)[:, :: max(1, edge // 64)])
         figures[str(edge)] = -10 * math.log10(sum(total) / len(total) / 4)
@@ -192,6 +201,7 @@ def train_small(run: ImageRun, reserve: float) -> None:
     """The denoiser on pictures of half the size: objects and words at a quarter of the cost."""
     config, stage = run.state.config["small"], run.state.stage("small")
     bank, count = run.bank(config["edge"], config), 0
+    run.compiler.active = run.probes.allows("small", 30)
 
     def step(progress: float) -> dict[str, Tensor]:
         nonlocal count
@@ -212,6 +222,7 @@ def train_full(run: ImageRun, reserve: float, last: bool) -> None:
     stage = run.state.stage("full")
     main = run.bank(config["edge"], config)
     others = [run.bank(edge, large) for edge in large["edges"]]
+    run.compiler.active = run.probes.allows("full", 20)
     goal = config["seconds"]
     if last:
         goal = stage["spent"] + max(run.log.left() - reserve, 0.1)
@@ -246,6 +257,7 @@ def train_full(run: ImageRun, reserve: float, last: bool) -> None:
         share = lambda p, u=until: step(min(1.0, p * u / goal))  # noqa: E731
         run_stage(run, "full", share, until, reserve)
         check(run, config["edge"])
+        run.save()
     run.rare = False
     stage["done"] = stage["spent"] >= goal - 0.5
     run.log.write("full", spent=stage["spent"] - begin, goal=goal)

@@ -45,6 +45,12 @@ class LeanJoint:
         return model.proj_out(model.norm_out(image, temb))
 
 
+def compile_layers(model: FluxTransformer2DModel) -> None:
+    """Compile each layer on its first call; `torch.compiler.set_stance` switches that off."""
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.compile(dynamic=False)
+
+
 def joint_loss(
     joint: LeanJoint, latents: Tensor, hidden: Tensor, pooled: Tensor, shift: float, tail: float
 ) -> Tensor:

@@ -123,12 +123,14 @@ class State:
         folder.mkdir(parents=True, exist_ok=True)
         rows = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in self.tensors().items()}
         data = save_tensors(rows, metadata={"record": json.dumps(self._full_record())})
-        for old in folder.glob("restart.*.part"):
-            old.unlink()
         paths = []
         for i in range(0, len(data), PART_BYTES):
             paths.append(folder / f"restart.{i // PART_BYTES:02d}.part")
-            paths[-1].write_bytes(data[i : i + PART_BYTES])
+            paths[-1].with_suffix(".new").write_bytes(data[i : i + PART_BYTES])
+        for path in paths:
+            path.with_suffix(".new").replace(path)
+        for old in set(folder.glob("restart.*.part")) - set(paths):
+            old.unlink()
         return paths
 
     def load_compact(self, folder: Path) -> None:
