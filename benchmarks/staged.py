@@ -48,6 +48,7 @@ def variants() -> dict[str, dict[str, Any] | float | None]:
         "1.5x": ("1:0.25, 0.5:0.6:0.9, 1:0.25:0.7", "1:0.25, 0.5:0.6:0.9, 1:0.25:0.7"),
         "2x": ("1:0.15, 0.5:0.4:0.9, 1:0.25:0.8", "1:0.15, 0.5:0.4:0.9, 1:0.25:0.75"),
         "3x": ("1:0.1, 0.5:0.35:0.9, 1:0.15:0.8", "1:0.1, 0.5:0.35:0.9, 1:0.15:0.75"),
+        "4x": ("1:0.1, 0.5:0.2:0.9, 1:0.1:0.8", "1:0.1, 0.5:0.2:0.9, 1:0.1:0.75"),
     }
     for budget, (restart, going_on) in stages.items():
         rows[f"{budget} restart"] = {"stages": restart}
@@ -63,7 +64,10 @@ def variants() -> dict[str, dict[str, Any] | float | None]:
         "2x low to high, restart": {"stages": "0.5:0.4, 1:0.4:0.85"},
         "2x low to high, matched-noise": {"stages": "0.5:0.4, 1:0.4:0.9",
                                           "transition": "matched-noise"},
+        "4x low to high, matched-noise": {"stages": "0.5:0.2, 1:0.2:0.9",
+                                          "transition": "matched-noise"},
         "preset balanced": {"preset": "balanced"},
+        "preset balanced, restart": {"preset": "balanced", "transition": "restart"},
         "preset fast": {"preset": "fast"},
         "preset video": {"preset": "video"},
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
-         "docs/batch.md", "fastdiff/models/tiny-video/README.md")
+         "docs/batch.md", "docs/bottleneck.md", "fastdiff/models/tiny-video/README.md")
 
 Row = dict
 
@@ -131,6 +131,33 @@ def batch_workers(result: dict) -> list[str]:
             _where(result, f"{_job(result)}; every job has one result, written once")]
 
 
+def staged(result: dict) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        distance = row["kernel_distance"]
+        rows.append([
+            row["variant"], "" if row["work"] is None else f"{row['work']:.2f}",
+            "" if distance is None else f"{distance:.3f}",
+            *(_mean(row[name], ".2f") if name in row else "" for name in
+              ("object", "colour", "pattern", "direction")),
+            f"{1e3 * row['sharpness']['mean']:.1f}",
+        ])
+    heads = ["run", "work", "kernel distance", "object", "colour", "pattern", "direction",
+             "sharpness"]
+    made = result["settings"]
+    what = (f"{made['model']}, {made['samples']} {made['kind']}s of pairs never seen in training, "
+            f"stock has {made['steps']} steps; work is the denoiser's operations over stock's")
+    return [*table(heads, rows), "", _where(result, what)]
+
+
+def staged_loop(result: dict) -> list[str]:
+    rows = [[row["case"], row["run"], f"{row['seconds']:.2f}", f"{row['speedup']:.2f}x",
+             " + ".join(map(str, row["steps"])), " + ".join(map(str, row["steps_run"])),
+             ", ".join(f"{s:.3f}" for s in row["seconds_a_step"])] for row in result["rows"]]
+    heads = ["model", "run", "s a loop", "speed-up", "steps", "of them run", "s a step"]
+    return [*table(heads, rows), "", _where(result, "random weights, one prompt")]
+
+
 def _interleaved(result: dict) -> str:
     first = result["rows"][0]
     repeats = first.get("repeats", first.get("rounds"))
@@ -156,6 +183,9 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "batch": ("batch-cpu.json", batch),
     "batch-workers": ("batch-workers-cpu.json", batch_workers),
     "ability": ("tiny_video_ability.json", ability),
+    "staged": ("staged_tiny-video_picture_cpu.json", staged),
+    "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
+    "staged-loop": ("staged_loop_cuda.json", staged_loop),
 }
 
 

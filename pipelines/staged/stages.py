@@ -60,8 +60,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "balanced": Preset((
-        Stage(1.0, 0.16, 1.0), Stage(0.5, 0.32, 0.93), Stage(1.0, 0.24, 0.85),
-    )),
+        Stage(1.0, 0.16, 1.0), Stage(0.5, 0.32, 0.93), Stage(1.0, 0.24, 0.75),
+    ), transition="continue"),
     # the published reading of the paper's FLUX setting: 4, 13 and 8 of 50 steps
     "fast": Preset((
         Stage(1.0, 0.08, 1.0, 9.0), Stage(0.5, 0.26, 0.96, 6.0), Stage(1.0, 0.16, 0.931, 9.0),
