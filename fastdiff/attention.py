@@ -269,7 +269,7 @@ class _Call:
         tiles = policy.tiles(layout, self.query, context)
         gathered = tile_gather(
             self.query, self.key, self.value, tiles.order, tiles.offsets, block=tiles.block,
-            mask=key_mask, impl="torch" if self.trains else "auto")
+            mask=key_mask)
         q, k, v = gathered[:3]
         context = replace(context, key_mean=gathered.key_mean)
         chosen = self._selection(policy, q, k, tiles, layout, context, branch)

@@ -17,6 +17,18 @@ def differentiable(
     return _Pool.apply(module, x, offsets, block, mask)
 
 
+def spread(
+    grad: Tensor, weight: Tensor, offsets: Tensor, tokens: int, mask: Tensor | None
+) -> Tensor:
+    """Gradient of x, [B, tokens, H, D], of a gradient of the means, [B, H, N, D]."""
+    precision = torch.promote_types(grad.dtype, torch.float32)
+    share = grad.to(precision) / weight.clamp(min=1).to(precision)[:, None, :, None]
+    token = torch.arange(tokens, dtype=offsets.dtype, device=offsets.device)
+    own = torch.searchsorted(offsets[1:].contiguous(), token, right=True)
+    found = share.to(grad.dtype).transpose(1, 2).index_select(1, own)
+    return found if mask is None else found.masked_fill_(~mask[:, :, None, None], 0)
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -32,11 +44,4 @@ class _Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         offsets, mask, weight = ctx.saved_tensors
-        precision = torch.promote_types(grad.dtype, torch.float32)
-        share = grad.to(precision) / weight.clamp(min=1).to(precision)[:, None, :, None]
-        token = torch.arange(ctx.tokens, dtype=offsets.dtype, device=offsets.device)
-        own = torch.searchsorted(offsets[1:].contiguous(), token, right=True)
-        found = share.to(grad.dtype).transpose(1, 2).index_select(1, own)
-        if mask is not None:
-            found.masked_fill_(~mask[:, :, None, None], 0)
-        return None, found, None, None, None
+        return None, spread(grad, weight, offsets, ctx.tokens, mask), None, None, None

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backward import Gather
+
 __all__ = ["Tiles", "tile_gather"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl"}
@@ -34,7 +36,7 @@ def tile_gather(
     query, key, value: [B, S, H, D] (key and value may have fewer heads), D contiguous. order: int64
     [S], the token at each place of the tile order. offsets: int32 [N + 1], places of each tile.
     block: upper bound of the tile lengths. mask: bool [B, S] in token order; a False token is
-    gathered, and left out of the means. Differentiable with the implementation "torch" only.
+    gathered, and left out of the means. Differentiable, but for the weight; once, not twice.
     """
     if query.ndim != 4 or key.shape != value.shape or key.shape[:2] != query.shape[:2]:
         raise ValueError("query, key and value must be [B, S, H, D] of one B and S, got "
@@ -56,4 +58,6 @@ def tile_gather(
     module = import_module(IMPLEMENTATIONS[impl], __name__)
     if reasons := module.not_supported_reasons(query, key, value):
         raise ValueError(f"{impl} cannot gather on {query.device}: {', '.join(reasons)}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return Tiles(*Gather.apply(module, block, query, key, value, order, offsets, mask))
     return Tiles(*module.run(query, key, value, order, offsets, block=block, mask=mask))

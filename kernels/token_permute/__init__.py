@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .backward import Permute, wanted
+
 __all__ = ["permute_tokens", "unpermute_tokens"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
@@ -15,12 +17,14 @@ IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference"
 
 def permute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
     """x[:, order] of x: [B, S, ...]; order: int32 or int64 [S], a permutation of 0 to S - 1."""
-    return _choose(x, order, impl).permute(x, order)
+    module = _choose(x, order, impl)
+    return Permute.apply(module, False, x, order) if wanted(x) else module.permute(x, order)
 
 
 def unpermute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
     """The inverse: `unpermute_tokens(permute_tokens(x, order), order)` is x, bit for bit."""
-    return _choose(x, order, impl).unpermute(x, order)
+    module = _choose(x, order, impl)
+    return Permute.apply(module, True, x, order) if wanted(x) else module.unpermute(x, order)
 
 
 def _choose(x: Tensor, order: Tensor, impl: str) -> ModuleType:
@@ -43,5 +47,4 @@ def _choose(x: Tensor, order: Tensor, impl: str) -> ModuleType:
 
 def _refused(x: Tensor) -> list[str]:
     module = import_module(IMPLEMENTATIONS["triton"], __name__)
-    grad = ["a gradient is wanted"] if x.requires_grad and torch.is_grad_enabled() else []
-    return module.not_supported_reasons(x) + grad
+    return module.not_supported_reasons(x)

@@ -33,6 +33,15 @@ def test_round_trip_is_exact(tokens, kind, dtype, seed):
     assert torch.equal(unpermute_tokens(x, order), unpermute_tokens(x, order, impl="reference"))
 
 
+@pytest.mark.parametrize("impl", ("reference", "torch"))
+@pytest.mark.parametrize("move", (permute_tokens, unpermute_tokens))
+def test_gradients(move, impl):
+    x = torch.randn(2, 5, 3, 2, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([2, 0, 1, 4, 3])
+    assert torch.autograd.gradcheck(lambda x: move(x, order, impl=impl), x)
+    assert torch.autograd.gradgradcheck(lambda x: move(x, order, impl=impl), x)
+
+
 def test_order_must_fit():
     with pytest.raises(ValueError, match="one entry per token"):
         permute_tokens(torch.zeros(1, 4, 1, 8), torch.arange(3))
