@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "diffusers": {"shadow", "seam", "pipelines", "models", "tokens", "api", "cli", "batch"},
     "transformers": {"pipelines", "models", "cli"},
     "triton": {"kernels"},
+    "safetensors": {"tokens"},
     "typer": {"cli", "batch"},
     "rich": {"cli", "batch"},
     "imageio": {"cli"},
