@@ -92,8 +92,7 @@ def test_a_search_is_repeatable(wan, searched):
     assert plain(again) == plain(searched)
 
 
-def test_stripes_beat_a_bad_choice_of_columns(wan, searched):
-    """Mass-ranked stripes are used where a head has mode v."""
+def test_stripes_are_kept_for_the_heads_that_use_them(searched):
     found = searched.calibration
     used = {(layer, head) for row in found.modes for layer, modes in enumerate(row)
             for head, mode in enumerate(modes) if mode == "v"}
@@ -131,6 +130,22 @@ def test_a_joint_model_with_text_is_searched():
     fastdiff.enable(pipe, plan=plain(policy), strict=True)
     out = zoo.call("flux", pipe, num_inference_steps=STEPS)
     assert torch.isfinite(out).all() and pipe.fastdiff.report.summary()["sparse_calls"] > 0
+
+
+@pytest.mark.parametrize("family", ["wan22", "sd15"])
+def test_two_experts_and_layers_of_many_sizes_are_searched(family):
+    pipe = zoo.build(family)
+    name = zoo._FAMILY.get(family, family)
+    call = {**zoo.size(name), **zoo._CALL[name], "num_inference_steps": STEPS}
+    runs = Runs(pipe, ["a red cat"], call, Work(None, {}))
+    policy = calibrate(runs, SparseVDiT(**SPARSE, tile=(1, 2, 2)), Goal(density=0.6))
+    layers, modes = policy.calibration.layers, policy.calibration.modes
+    assert len(layers) == 4 if family == "wan22" else len({tuple(x) for x in layers}) > 1
+    assert all(len(row[i]) == layers[i][0] for row in modes for i in range(len(layers)))
+    fastdiff.enable(pipe, plan=plain(policy), strict=True)
+    for steps in (STEPS, 7):
+        assert torch.isfinite(zoo.call(family, pipe, num_inference_steps=steps)).all()
+    assert pipe.fastdiff.report.summary()["sparse_calls"] > 0
 
 
 # densities by layer and head
@@ -238,6 +253,14 @@ def test_another_scheduler_is_refused(searched):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="UniPCMultistepScheduler, and this one is FlowMatch"):
         fastdiff.enable(pipe, plan=plain(searched))
+
+
+@pytest.mark.parametrize("plan", ["searched", "shared"])
+def test_another_density_is_refused_beside_a_plan(wan, plan, request):
+    policy = request.getfixturevalue(plan)
+    with pytest.raises(ValueError, match="density=0.3 .* 0.4, which the plan was found for"):
+        fastdiff.enable(wan, plan=plain(policy), density=0.3)
+    assert not wan.fastdiff.enabled
 
 
 @pytest.mark.parametrize("plan", ["searched", "shared"])

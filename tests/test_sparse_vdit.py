@@ -9,7 +9,7 @@ import zoo
 
 import fastdiff
 from fastdiff.calibration.mode_search import Rules, Table, choose, eps_for, losses
-from fastdiff.calibration.probe import Ledger, sparse
+from fastdiff.calibration.probe import Ledger, MassProbe, sparse
 from fastdiff.clock import StepClock
 from fastdiff.layout import TokenLayout
 from fastdiff.policies.base import Context, Terms
@@ -75,7 +75,7 @@ def test_no_block_crosses_a_frame(layout):
 def test_text_is_always_kept_and_no_row_is_empty(layout):
     one = found(layout, width=0.01)
     for mode in "dmv":
-        mask = mode_mask(mode, (one.even_stripes(0.01),) if mode == "v" else (), one, 1)
+        mask = mode_mask(mode, (one.even,) if mode == "v" else (), one, 1)
         keep = mask.keep[0, 0]
         assert keep[:, one.text].all() and keep[one.text].all() and keep.any(1).all()
 
@@ -108,7 +108,7 @@ def test_the_first_frame_is_kept_by_its_place_in_time():
 @each_layout
 def test_lists_and_density_agree_with_the_keep_map(layout):
     one = found(layout, 0.3)
-    stripes = (one.even_stripes(0.3), torch.zeros(one.blocks, dtype=torch.bool))
+    stripes = (one.even, torch.zeros(one.blocks, dtype=torch.bool))
     stripes[1][int((~one.text).nonzero()[-1])] = True
     mask = mode_mask("fvsdmv", stripes, one, 2)
     indices, counts = mask.lists()
@@ -125,6 +125,26 @@ def test_bits_are_read_back():
     torch.manual_seed(0)
     blocks = torch.rand(131) < 0.3
     assert torch.equal(from_bits(to_bits(blocks), 131, CPU), blocks)
+
+
+@each_layout
+def test_stripes_are_the_blocks_of_most_mass(layout):
+    """Head 0 looks at the last grid block, head 1 at the first."""
+    base = SparseVDiT(density=0.4, tile=(1, 3, 4))
+    one = found(layout)
+    order = base.tiles(layout, torch.zeros(1), Context(layout, StepClock(), 0)).order
+    grid = (~one.text).nonzero()[:, 0].tolist()
+    q = torch.ones(1, layout.tokens, 2, 8)
+    k = torch.zeros(1, layout.tokens, 2, 8)
+    for head, block in enumerate((grid[-1], grid[0])):
+        tokens = order[one.offsets[block]: one.offsets[block + 1]]
+        k[:, tokens, head] = 4.0
+    mass: dict = {}
+    probe = MassProbe(base=base, mass=mass, seen={})
+    out = probe.attend(q, k, q, Context(layout, StepClock(), 7), Terms())
+    torch.testing.assert_close(out.output, masked(q, k, q, None))
+    assert mass[7].shape == (2, one.grid_blocks)
+    assert mass[7].argmax(1).tolist() == [one.grid_blocks - 1, 0]
 
 
 # attention

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastdiff.calibration.probe import Ledger, Probe
-from fastdiff.calibration.ranges import begins_of, cells_of, nothing_sparse, schedule
+from fastdiff.calibration.ranges import begins_of, cells_of, filled, nothing_sparse, schedule
 from fastdiff.calibration.runs import Runs
 from fastdiff.policies.base import Policy
 from fastdiff.policies.calibrated import Calibration
@@ -148,8 +148,10 @@ class BudgetSearch:
         density: float | None = None, share: str = "",
     ) -> Policy:
         count = max(self.ledger.layers) + 1
-        rows = [[table.get((part, layer), 1.0) for layer in range(count)]
+        rows = [[table.get((part, layer)) for layer in range(count)]
                 for part in range(len(self.begins))]
+        filled(rows, None)
+        rows = [[1.0 if value is None else value for value in row] for row in rows]
         calibration = Calibration(
             **bound, layers=[self.ledger.layers.get(i) for i in range(count)], begins=self.begins,
             density=rows, found={"share": share} if share else {})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.calibration.probe import Ledger, MassProbe, Probe
-from fastdiff.calibration.ranges import begins_of, cells_of, nothing_sparse, schedule
+from fastdiff.calibration.ranges import begins_of, cells_of, filled, nothing_sparse, schedule
 from fastdiff.calibration.runs import Runs
 from fastdiff.layout import TokenLayout
 from fastdiff.policies.base import Context
@@ -162,6 +162,7 @@ class ModeSearch:
         rows = [[""] * count for _ in begins]
         for (part, layer), mode in zip(places, modes, strict=True):
             rows[part][layer] += mode
+        filled(rows, "")
         used = {str(layer): {str(head): self.stripes[str(layer)][str(head)]
                              for head in range(ledger.layers[layer][0])
                              if any(row[layer][head:head + 1] == STRIPES for row in rows)}
@@ -218,7 +219,7 @@ class ModeSearch:
                                        (tile[0], tile[1], tile[2]), torch.device("cpu"))
             grid = (~found.text).nonzero()[:, 0]
             order = [grid[one.argsort(descending=True, stable=True)] for one in mass]
-            kept = [found.stripes(one, self.base.band)[grid] for one in order]
+            kept = [found.stripes(one)[grid] for one in order]
             stripes[str(layer)] = {str(i): to_bits(one) for i, one in enumerate(kept)}
         tiles = {tuple(shape[5:]) for shape in seen.values()}
         return {"stripes": stripes, "tile": tiles.pop() if len(tiles) == 1 else None}

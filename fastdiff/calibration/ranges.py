@@ -50,6 +50,18 @@ def cells_of(ledger: Ledger, begins: list[int]) -> dict[tuple[int, int], Cell]:
             for place, cell in sorted(found.items())}
 
 
+def filled(rows: list[list[Any]], empty: Any) -> None:
+    """Give a layer that did not run in some range the entry of the nearest range where it did.
+
+    Such are the two experts of Wan 2.2; a run with other steps may ask for them elsewhere.
+    """
+    for layer in range(len(rows[0])):
+        known = [i for i, row in enumerate(rows) if row[layer] != empty]
+        for i, row in enumerate(rows):
+            if known and row[layer] == empty:
+                row[layer] = rows[min(known, key=lambda k: abs(k - i))][layer]
+
+
 def schedule(base: Policy) -> dict[str, Any]:
     """Knobs of a probe that is asked exactly where `base` would be sparse."""
     return {**{knob: getattr(base, knob) for knob in _SCHEDULE}, "max_density": 1.0}

@@ -75,7 +75,7 @@ def calibrate(
         found = search.at(goal.density)
     else:
         found = _bisect(search.at, search.least, base.max_density or 1.0, goal, runs, tell)
-    return found
+    return with_found(found, {"asked_density": found.density})
 
 
 class _Modes:

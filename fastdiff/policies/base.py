@@ -106,6 +106,9 @@ class Policy(Method):
         found = self.calibration
         if found is not None:
             found.check(host)
+            asked = found.found.get("asked_density", self.density)
+            _check(self.density == asked, "density", self.density,
+                   f"{asked:g}, which the plan was found for; another needs another plan")
 
             def tell() -> None:
                 host.report.tell(self.name, "calibrated for", found.title())

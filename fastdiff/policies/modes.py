@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Patterns:
     each of full, skip, diagonal, multi-diagonal. share: float32 [N], part of the tokens in each
     block. text: bool [N]. always: bool [N], key blocks of text and of the first frames.
     bands: half widths of the two diagonals in blocks. longest: longest list of each of the four.
-    grid_blocks: blocks that hold latent tokens.
+    grid_blocks: blocks that hold latent tokens. width: density that they were made for.
     """
 
     offsets: Tensor
@@ -36,6 +36,7 @@ class Patterns:
     bands: tuple[int, int]
     longest: tuple[int, ...]
     grid_blocks: int
+    width: float
 
     @property
     def blocks(self) -> int:
@@ -45,28 +46,29 @@ class Patterns:
         """Blocks of the grid, bool [grid_blocks], as blocks of the sequence, bool [N]."""
         return torch.zeros_like(self.text).masked_scatter(~self.text, chosen)
 
-    def stripes(self, order: Tensor, width: float) -> Tensor:
-        """The first blocks of `order` that fit into density `width`, as bool [N]; one at least."""
+    def stripes(self, order: Tensor) -> Tensor:
+        """The first blocks of `order` that fit into the width, as bool [N]; one at least."""
         order = order[~self.always[order]]
         text = self.share[self.text].sum()
         forced = text + (1 - text) * self.share[self.always].sum()
         grows = forced + (1 - text) * self.share[order].cumsum(0)
         least = 0 if bool(self.always.any()) else 1
         keep = torch.zeros_like(self.text)
-        keep[order[: max(least, int((grows <= width + 1e-6).sum()))]] = True
+        keep[order[: max(least, int((grows <= self.width + 1e-6).sum()))]] = True
         return keep
 
-    def even_stripes(self, width: float) -> Tensor:
-        """Evenly spaced blocks of the grid at density `width`, bool [N]."""
+    @cached_property
+    def even(self) -> Tensor:
+        """Evenly spaced blocks of the grid, as many as fit into the width; bool [N]."""
         grid = (~self.always).nonzero()[:, 0]
-        count = int(self.stripes(grid, width).sum())
+        count = int(self.stripes(grid).sum())
         place = (torch.arange(count, device=grid.device) + 0.5) * grid.numel() / max(1, count)
         keep = torch.zeros_like(self.text)
         keep[grid[place.long()]] = True
         return keep
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def patterns(
     layout: TokenLayout, tile: Grid, sink: int, width: float, device: torch.device
 ) -> Patterns:
@@ -101,7 +103,7 @@ def patterns(
         indices=torch.argsort(~keep, dim=-1, stable=True).to(torch.int32), counts=counts,
         kept=((keep.double() @ share) @ share).float(), share=share.float(), text=text,
         always=always, bands=(bands[0], bands[1]), longest=tuple(counts.amax(1).tolist()),
-        grid_blocks=frames * cells,
+        grid_blocks=frames * cells, width=width,
     )
 
 

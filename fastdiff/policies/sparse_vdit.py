@@ -125,5 +125,5 @@ class SparseVDiT(Policy):
         known = (self.calibration.stripes or {}) if self.calibration is not None else {}
         bits = known.get(str(layer), {}).get(str(head))
         if bits is None:
-            return found.even_stripes(self.band)
+            return found.even
         return found.of_grid(from_bits(bits, found.grid_blocks, found.keep.device))
