@@ -7,9 +7,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from .backward import differentiable
+from .backward import block_unpool, differentiable
 
-__all__ = ["block_pool"]
+__all__ = ["block_pool", "block_unpool"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
 

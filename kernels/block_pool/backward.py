@@ -17,7 +17,7 @@ def differentiable(
     return _Pool.apply(module, x, offsets, block, mask)
 
 
-def spread(
+def block_unpool(
     grad: Tensor, weight: Tensor, offsets: Tensor, tokens: int, mask: Tensor | None
 ) -> Tensor:
     """Gradient of x, [B, tokens, H, D], of a gradient of the means, [B, H, N, D]."""
@@ -44,4 +44,4 @@ class _Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         offsets, mask, weight = ctx.saved_tensors
-        return None, spread(grad, weight, offsets, ctx.tokens, mask), None, None, None
+        return None, block_unpool(grad, weight, offsets, ctx.tokens, mask), None, None, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdiff.kernels.block_pool.backward import spread
+from fastdiff.kernels.block_pool import block_unpool
 from fastdiff.kernels.token_permute import unpermute_tokens
 
 
@@ -38,7 +38,7 @@ class Gather(torch.autograd.Function):
         found: list[Tensor | None] = []
         for tokens, mean in ((query, None), (key, key_mean), (value, value_mean)):
             if mean is not None:
-                share = spread(mean, weight, offsets, order.numel(), mask)
+                share = block_unpool(mean, weight, offsets, order.numel(), mask)
                 tokens = share if tokens is None else tokens + share
             found.append(None if tokens is None else unpermute_tokens(tokens.contiguous(), order))
         return None, None, *found, None, None, None
