@@ -5,6 +5,7 @@ import itertools
 import json
 from typing import Any
 
+import imageio.v3 as iio
 import pytest
 import torch
 import zoo
@@ -18,6 +19,7 @@ from fastdiff.calibration import Goal, Rules, Runs, Work, prompts, search
 from fastdiff.calibration.budgets import Curve, allocate, hull
 from fastdiff.calibration.probe import Ledger
 from fastdiff.cli import app
+from fastdiff.cli.output import without_tables
 from fastdiff.clock import StepClock
 from fastdiff.config import from_plan, to_plan
 from fastdiff.method import Method
@@ -135,7 +137,7 @@ def test_a_joint_model_with_text_is_searched():
 @pytest.mark.parametrize("family", ["wan22", "sd15"])
 def test_two_experts_and_layers_of_many_sizes_are_searched(family):
     pipe = zoo.build(family)
-    name = zoo._FAMILY.get(family, family)
+    name: Any = zoo._FAMILY.get(family, family)
     call = {**zoo.size(name), **zoo._CALL[name], "num_inference_steps": STEPS}
     runs = Runs(pipe, ["a red cat"], call, Work(None, {}))
     policy = calibrate(runs, SparseVDiT(**SPARSE, tile=(1, 2, 2)), Goal(density=0.6))
@@ -423,6 +425,13 @@ def test_the_command_writes_a_plan_that_generate_runs(folder, tmp_path):
     command("generate", "a cat", "-m", folder, "--plan", plan, "-o", clip)
     sidecar = json.loads((tmp_path / "a.mp4.json").read_text())
     assert sidecar["report"]["sparse_calls"] > 0
+    # the whole plan makes it again; inside the clip, where room is short, the table is left out
+    assert sidecar["plan"]["methods"][0]["calibration"]["modes"]
+    inside = without_tables(sidecar)["plan"]["methods"][0]
+    assert "calibration" not in inside and inside["density"] == 0.5
+    again = tmp_path / "b.mp4"
+    command("generate", "--from", f"{clip}.json", "-o", again)
+    assert (iio.imread(again) == iio.imread(clip)).all()
     refused = command("generate", "a cat", "-m", folder, "--plan", plan, "-o", clip, "--size",
                       "64x64", code=2)
     assert "2 x 3 x 4 latent tokens" in refused.stderr and "4 x 4" in refused.stderr

@@ -106,12 +106,23 @@ def atomic(path: Path) -> Iterator[Path]:
 def write(path: Path, frames: Any, fps: int, about: dict[str, Any]) -> None:
     """Write float [F, H, W, 3] in 0..1 as MP4, or its first frame as PNG, with `about` inside."""
     pixels = to_bytes(frames)
-    text = json.dumps(about, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(without_tables(about), ensure_ascii=False, sort_keys=True)
     with atomic(path) as part:
         if path.suffix.lower() == SUFFIX["image"]:
             _write_png(part, pixels[0], about, text)
         else:
             _write_mp4(part, pixels, fps, text)
+
+
+def without_tables(about: dict[str, Any]) -> dict[str, Any]:
+    """`about` without what a calibration found: too long for a video's comment. Sidecars keep it.
+    """
+    plan = about.get("plan")
+    if not plan:
+        return about
+    methods = [{k: v for k, v in method.items() if k != "calibration"}
+               for method in plan["methods"]]
+    return {**about, "plan": {**plan, "methods": methods}}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
