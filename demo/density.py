@@ -43,7 +43,7 @@ def _dense(layer: LayerReport) -> int:
     return sum(layer.dense_calls.values()) + sum(layer.fallbacks.values())
 
 
-_LEFT, _TOP, _BOTTOM = 132, 22, 40
+_LEFT, _TOP, _BOTTOM, _LEGEND = 132, 22, 40, 240
 NONE = "<p class='fd-note'>No attention call went through FastDiff in this run.</p>"
 
 
@@ -55,7 +55,7 @@ def chart(table: dict[str, Any]) -> str:
         return NONE
     wide = max(8, min(34, 640 // steps))
     high = max(6, min(22, 420 // len(rows)))
-    width, height = _LEFT + wide * steps + 12, _TOP + high * len(rows) + _BOTTOM
+    width, height = _LEFT + max(wide * steps, _LEGEND) + 12, _TOP + high * len(rows) + _BOTTOM
     parts = [f"<svg class='fd-chart' viewBox='0 0 {width} {height}' role='img' "
              f"style='max-width:{width}px' aria-label='Density by layer and step'>"]
     every = max(1, round(14 / high))

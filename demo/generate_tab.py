@@ -42,7 +42,7 @@ class GenerateTab:
             gr.Examples(EXAMPLES[kind], self.prompt, label="Try", cache_examples=False,
                         api_visibility="private")
         with gr.Row():
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{kind}-seed")
+            self.seed = gr.Number(0, label="Seed", precision=0, elem_id=f"{kind}-seed")
             self.steps = gr.Slider(1, limits.steps, best.steps or 20, step=1, label="Steps",
                                    elem_id=f"{kind}-steps")
         multiple = best.multiple or 8
@@ -191,7 +191,7 @@ class GenerateTab:
             self.both: _box(self.kind)(visible=paired),
             self.stock: path.get("stock"), self.fast: path["fast"] if paired else None,
             self.difference: path.get("difference"),
-            self.scale: _scale(entry.facts["difference_white"]) if entry.facts else "",
+            self.scale: _scale(entry.facts) if entry.facts else "",
             self.more: gr.Group(visible=True),
             self.chart: density.chart(entry.table) if entry.table else density.NONE,
             self.report: entry.told,
@@ -220,8 +220,8 @@ def at_any_size(plan: dict[str, Any] | None, kind: str) -> dict[str, Any] | None
 
 
 def _side(label: str, best: int | None, multiple: int, most: int, name: str) -> Any:
-    return gr.Number(best, label=label, step=multiple, minimum=multiple, maximum=most, precision=0,
-                     elem_id=name)
+    # bounds are checked with the rest, so that they are told in the same place
+    return gr.Number(best, label=f"{label}, up to {most}", step=multiple, precision=0, elem_id=name)
 
 
 def _media(kind: str) -> Any:
@@ -232,7 +232,10 @@ def _box(kind: str) -> Any:
     return gr.Tabs if kind == "image" else gr.Column
 
 
-def _scale(white: float) -> str:
+def _scale(facts: dict[str, Any]) -> str:
+    if facts["psnr"] is None:
+        return "<p class='fd-note'>The two are equal, so the difference is black.</p>"
+    white = facts["difference_white"]
     return (f"<p class='fd-note'>White is an error of {white * 255:.0f} of 255 in a channel; "
             "black is none.</p>")
 

@@ -66,7 +66,12 @@ async def told(house: House, ask: Any) -> AsyncIterator[tuple[str, Any]]:
             logger.exception("a request failed")
         yield live.problem(text), None
         return
-    async for now in live.follow(house.worker, ticket):
-        yield now, None
-    result, ticket.result = ticket.result, None
-    yield live.ending(ticket), result if ticket.state == DONE else None
+    try:
+        async for now in live.follow(house.worker, ticket):
+            yield now, None
+        yield live.ending(ticket), ticket.result if ticket.state == DONE else None
+    finally:
+        # asked for the next state, or closed: the page has the files
+        if isinstance(ticket.result, Entry):
+            house.shelf.release(ticket.result.key)
+        ticket.result = None

@@ -47,7 +47,7 @@ class MasksTab:
                                  elem_id="masks-prompt")
         self.kind = gr.Radio(list(kinds), value=kinds[0], label="Make", elem_id="masks-kind")
         with gr.Row():
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="masks-seed")
+            self.seed = gr.Number(0, label="Seed", precision=0, elem_id="masks-seed")
             self.steps = gr.Slider(1, 20, 8, step=1, label="Steps", elem_id="masks-steps")
         best = self._house.renderer.model.defaults
         self.frames = gr.Slider(1, self._house.limits.frames, min(best.frames or 9, 9),
@@ -201,7 +201,7 @@ class MasksTab:
             self.mass: mask_picture.on_frames(plan, frames, row, query, heat=True),
             self.kept_map: mask_picture.tile_map(kept, query, heat=False),
             self.mass_map: mask_picture.tile_map(mass, query, heat=True),
-            self.query: gr.Slider(0, place.tiles.blocks - 1, value=query),
+            self.query: gr.Slider(0, max(1, place.tiles.blocks - 1), value=query),
         }
 
     def _keep(self, user: str, recording: Recording) -> None:

@@ -54,6 +54,9 @@ class Place:
 
 def serve(house: House, place: Place) -> tuple[gr.Blocks, str]:
     """Start the server in threads of its own; the page and its address."""
+    # gradio asks its own server whether it is up: not through a proxy
+    near = [os.environ.get("NO_PROXY"), place.host, "127.0.0.1", "localhost"]
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, near))
     # gradio's copies of results: inside the private folder that goes when the server goes
     cache = house.shelf.folder / "cache"
     cache.mkdir(exist_ok=True)
@@ -67,6 +70,8 @@ def serve(house: House, place: Place) -> tuple[gr.Blocks, str]:
             footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False,
             ssr_mode=False, pwa=False, max_file_size=UPLOAD, allowed_paths=[], theme=look.theme(),
             css=look.CSS, head=look.HEAD, state_session_capacity=1000,
+            # skips gradio's look at its own page, which a busy machine fails within its 3 seconds
+            _frontend=False,
         )
     except OSError as error:
         raise InputError(f"cannot listen on {place.host}, port {place.port or '7860 to 7959'}: "

@@ -17,6 +17,7 @@ from fastdiff.demo.render import Made, Renderer
 from fastdiff.demo.wish import Wish
 
 PREFIX = "fastdiff-demo-"
+HOLD = 600  # seconds that a page may take to fetch its result
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,17 @@ class Entry:
 
 
 class Shelf:
-    """Keeps the last `most` results; the oldest one's files are deleted first."""
+    """Keeps the last `most` results; the oldest one's files are deleted first.
+
+    A result is held until its page has it, however many come in between.
+    """
 
     def __init__(self, most: int) -> None:
         sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self._most = most
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._held: set[str] = set()
         self._rooms: OrderedDict[str, Path] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,11 +69,20 @@ class Shelf:
             raise
         with self._lock:
             self._entries[key] = entry
-            old = [self._entries.popitem(last=False)[1]
-                   for _ in range(len(self._entries) - self._most)]
-        for entry_out in old:
-            shutil.rmtree(self.folder / entry_out.key, ignore_errors=True)
+            self._held.add(key)
         return entry
+
+    def release(self, key: str) -> None:
+        """The page has it now: it counts, and the oldest that count too many are deleted."""
+        with self._lock:
+            self._held.discard(key)
+            long_ago = time.time() - HOLD
+            free = [key for key, entry in self._entries.items()
+                    if key not in self._held or entry.made < long_ago]
+            old = [self._entries.pop(key) for key in free[:max(0, len(free) - self._most)]]
+            self._held.intersection_update(self._entries)
+        for entry in old:
+            shutil.rmtree(self.folder / entry.key, ignore_errors=True)
 
     def room(self, user: str) -> Path:
         """A new folder for the files of a batch; a user's next one replaces it."""
