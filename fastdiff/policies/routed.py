@@ -42,14 +42,16 @@ def routed_attention(
     groups = heads // key.shape[2]
     step = GATHERED // max(1, batch * capacity * query.shape[-1])
     step = max(1, step // groups) * groups
+    parts = []
     for begin in range(0, heads, step):
         part = slice(begin, begin + step)
         kv = slice(begin // groups, (begin + step) // groups)
-        _add_routes(
+        parts.append(_add_routes(
             out[:, chunks.grid, part], lse[:, part, chunks.grid], query[:, chunks.grid, part],
             key[:, :, kv], value[:, :, kv], chunks, route[:, part], terms, most, capacity,
-        )
-    return out
+        ))
+    grid = chunks.grid
+    return torch.cat([out[:, : grid.start], torch.cat(parts, 2), out[:, grid.stop :]], 1)
 
 
 def _own_part(
@@ -68,8 +70,8 @@ def _own_part(
 def _add_routes(
     out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks,
     route: Tensor, terms: Terms, most: int, capacity: int,
-) -> None:
-    """Merge the routed chunks into `out` [B, S, H, D], in place."""
+) -> Tensor:
+    """`out` [B, S_grid, H, D] with the routed chunks merged in."""
     batch, heads, tokens, count = route.shape
     place, source, chunk_of = _places(route, capacity)
     gathered = _take(query, source)
@@ -96,8 +98,8 @@ def _add_routes(
     total = total.masked_fill(total == -torch.inf, 0)
     merged = out.to(total.dtype) * _weight(lse - total)
     for i in range(most):
-        merged += _take(part, spot[..., i]).to(total.dtype) * _weight(many[..., i] - total)
-    out.copy_(merged)
+        merged = merged + _take(part, spot[..., i]).to(total.dtype) * _weight(many[..., i] - total)
+    return merged.to(out.dtype)
 
 
 def _places(route: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,13 +66,17 @@ class TopP(Policy):
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:
-        keep = keep_share(self._mass(query, key, tiles), tiles, self.p, self.density)
+        mass = self._mass(query, key, tiles, context.key_mean)
+        keep = keep_share(mass, tiles, self.p, self.density)
         return BlockMask(keep, tiles.offsets, tiles.block)
 
-    def _mass(self, query: Tensor, key: Tensor, tiles: Tiling) -> Tensor:
+    def _mass(
+        self, query: Tensor, key: Tensor, tiles: Tiling, key_mean: Tensor | None
+    ) -> Tensor:
         if self.score == "proxy":
             return proxy_mass(query, key, tiles, heads=self.proxy_heads, stride=self.proxy_stride)
-        key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
+        if key_mean is None:
+            key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
         if self.score == "probes":
             return tile_mass(query, key_mean, tiles, self.probes)
         query_mean, _ = block_pool(query, tiles.offsets, block=tiles.block)

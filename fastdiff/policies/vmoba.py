@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
@@ -62,7 +63,8 @@ class VMoBA(Policy):
     Source: arXiv 2506.23858. The paper trains with group="head" and select_by="threshold", and runs
     untrained models with the defaults here. Cost of "exact": tokens * chunks scores, and one copy
     of the queries for each chunk they take; a group other than "query" and a threshold read two
-    numbers from the device at each call. Limits: made for training; without it the paper reports 16
+    numbers from the device at each call. Gradients pass through attention, not through the choice,
+    as in the paper. Limits: made for training; without it the paper reports 16
     to 19 dB PSNR on Wan. docs/vmoba.md tells what differs from the authors' code.
     """
 
@@ -161,8 +163,9 @@ class VMoBA(Policy):
         q, k, v = (permute_tokens(x, order) for x in (query, key, value))
         if terms.key_mask is not None:
             terms = terms._replace(key_mask=terms.key_mask[:, order])
-        gate = _gate(q[:, chunks.grid].transpose(1, 2), chunk_means(k, chunks))
-        route, others = self._route(gate, chunks.of_token, chunks, context)
+        with torch.no_grad():
+            gate = _gate(q[:, chunks.grid].transpose(1, 2), chunk_means(k, chunks))
+            route, others = self._route(gate, chunks.of_token, chunks, context)
         out = routed_attention(q, k, v, chunks, route, terms, others)
         routed = (route.sum(2).float().mean((0, 1)) @ chunks.sizes) / context.layout.tokens**2
         return Attended(permute_tokens(out, chunks.tiles.inverse), chunks.own.pairs + routed)

@@ -71,3 +71,9 @@ def qkv(layout: TokenLayout, batch=1, heads=2, width=8, kv_heads=None, seed=0, d
         torch.randn(batch, layout.tokens, n, width, generator=generator, dtype=dtype)
         for n in (heads, kv_heads, kv_heads)
     )
+
+
+def gradients(out: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """Of a weighted sum of the output."""
+    weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()
+    return torch.autograd.grad((out * weight).sum(), leaves)

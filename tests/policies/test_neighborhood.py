@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle import context_of, kept, masked, qkv, run
+from oracle import context_of, gradients, kept, masked, qkv, run
 
 from fastdiff.layout import TokenLayout
 from fastdiff.policies.base import Terms
@@ -193,6 +193,18 @@ def test_stride_as_long_as_the_window_is_attention_in_blocks(path):
 
     inside = masked(boxes(q), boxes(k), boxes(v), torch.tensor(True))
     near(boxes(out), inside)
+
+
+@paths
+def test_gradients_are_those_of_masked_dense(path):
+    layout = TokenLayout((3, 5, 6), 2, 3)
+    q, k, v = (x.requires_grad_() for x in qkv(layout, 2))
+    policy = Neighborhood(window=(2, 3, 4), stride=(1, 2, 2), path=path)
+    out, _ = run(policy, q, k, v, layout)
+    pairs = wanted_pairs(layout, (2, 3, 4), (1, 2, 2), (1, 1, 1))
+    found, wanted = gradients(out, q, k, v), gradients(masked(q, k, v, pairs), q, k, v)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def test_scores_in_parts_are_the_same(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle import context_of, kept, masked, qkv, run
+from oracle import context_of, gradients, kept, masked, qkv, run
 
 from fastdiff.layout import TokenLayout
 from fastdiff.policies.base import Terms
@@ -410,6 +410,20 @@ def test_equal_or_huge_keys_make_no_nan(fill, group, select_by):
         policy = VMoBA(group=group, select_by=select_by, form=form)
         out, density = run(policy, q, k, v, LAYOUT, 2)
         assert out.isfinite().all() and 0 < density <= 1
+
+
+@layers
+@pytest.mark.parametrize("select_by", ["top-k", "threshold"])
+def test_gradients_are_those_of_masked_dense(layer, select_by):
+    """Through attention; the choice itself has none."""
+    q, k, v = (x.requires_grad_() for x in qkv(LAYOUT, 2, 4, 8, 2))
+    policy = VMoBA(select_by=select_by)
+    out, _ = run(policy, q, k, v, LAYOUT, layer)
+    with torch.no_grad():
+        pairs = kept(policy, q, k, LAYOUT, layer)
+    found, wanted = gradients(out, q, k, v), gradients(masked(q, k, v, pairs), q, k, v)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def test_heads_in_parts_are_the_same(monkeypatch):
