@@ -121,3 +121,32 @@ def methods(
     console = Console(width=max(180, Console().width), highlight=False)
     with progress(quiet) as bar:
         found.main(words, bar, (lambda what: None) if quiet else console.print)
+
+
+@app.command("kernels")
+def bench_kernels(
+    impl: Annotated[list[str] | None, typer.Option(
+        "--impl", help="gluon, triton, torch; may be repeated. Default: all that run here.",
+        show_default=False)] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds.")] = 8,
+    only: Annotated[str | None, typer.Option(
+        "--only", help="Part of a shape's name.", show_default=False)] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes, on any device.")] = False,
+    out: Annotated[Path | None, typer.Option(
+        "--output", "-o", help="Result file or folder. Default: benchmarks/results.",
+        show_default=False)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no rows.")] = False,
+    traceback: Annotated[bool, typer.Option(
+        "--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """Block-sparse attention against the best dense kernel of this machine, interleaved."""
+    import torch
+    from rich.console import Console
+
+    if not tiny and not torch.cuda.is_available():
+        raise InputError("no CUDA device here: --tiny runs small shapes on the CPU")
+    found = script("kernels")
+    words = words_of(impl=impl, rounds=rounds, only=only, tiny=tiny, output=out)
+    console = Console(width=max(120, Console().width), highlight=False)
+    with progress(quiet) as bar:
+        found.main(words, bar, (lambda what: None) if quiet else console.print)

@@ -105,7 +105,8 @@ def _kernels() -> list[Check]:
 
     found = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        dtype = torch.float32
+        # what models run in there
+        dtype = torch.float16 if device == "cuda" else torch.float32
         for name, reasons in implementations(device, dtype, 64).items():
             label = f"attention '{name}' on {device}"
             needed = device == "cpu" and name == "torch"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import threading
 from typing import Any
 
 import torch
@@ -112,10 +112,12 @@ def run(
         query, key, value, indices.contiguous(), counts.contiguous(), query_offsets, key_offsets,
         output, lse, block_q=block_q, block_k=block_k, tail=tail, scale=scale, **changes)
     kernel[(programs,)](*args, **settings)
+    for found in args[:6]:
+        found.base = None
     return output, lse
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _layout(rows: int, BD: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
@@ -123,12 +125,34 @@ def _layout(rows: int, BD: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([1, rows, 1, BD], element)
 
 
-def _descriptor(x: Tensor, rows: int, BD: int) -> Any:
-    """A tensor map of [B, S, H, D] whose box is `rows` tokens of one head."""
+def _descriptor(role: str, x: Tensor, rows: int, BD: int) -> Any:
+    """A tensor map of [B, S, H, D] whose box is `rows` tokens of one head.
+
+    Making one checks a lot; one of the same role, shape and strides is taken again.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), [1, rows, 1, BD], _layout(rows, BD, x.dtype))
+    known = _made.descriptors
+    key = (role, x.shape, x.stride(), x.dtype, rows)
+    if key not in known:
+        if len(known) >= DESCRIPTORS:
+            known.clear()
+        known[key] = TensorDescriptor(
+            x, list(x.shape), list(x.stride()), [1, rows, 1, BD], _layout(rows, BD, x.dtype))
+    found = known[key]
+    found.base = x
+    return found
+
+
+class _Made(threading.local):
+    """Descriptors by role and shape, for one thread: their tensor changes at every call."""
+
+    def __init__(self) -> None:
+        self.descriptors: dict[Any, Any] = {}
+
+
+_made = _Made()
+DESCRIPTORS = 256
 
 
 def arguments(
@@ -148,17 +172,20 @@ def arguments(
     equal_q = block_q == meta["NC"] * ROWS and full_q
     equal_k = block_k == SUB and full_k
     if tail is None:
-        pooled, tiles = (key, value), 0
+        tiles = 0
         weight = keep = query_offsets
     else:
-        pooled = tuple(x.transpose(1, 2) for x in tail[:2])
         weight, keep = tail[2].log2(), tail[3].contiguous().view(torch.uint8)
         tiles = -(-NK // BN)
     work = B * H * NQ
+    k_map, v_map = _descriptor("k", key, SUB, BD), _descriptor("v", value, SUB, BD)
+    km_map, vm_map = k_map, v_map
+    if tail is not None:
+        km_map = _descriptor("k mean", tail[0].transpose(1, 2), SUB, BD)
+        vm_map = _descriptor("v mean", tail[1].transpose(1, 2), SUB, BD)
     args = (
-        _descriptor(query, ROWS, BD), _descriptor(key, SUB, BD), _descriptor(value, SUB, BD),
-        _descriptor(output, ROWS, BD), _descriptor(pooled[0], SUB, BD),
-        _descriptor(pooled[1], SUB, BD),
+        _descriptor("q", query, ROWS, BD), k_map, v_map, _descriptor("o", output, ROWS, BD),
+        km_map, vm_map,
         indices, counts, counts if order is None else order,
         torch.zeros(1, dtype=torch.int32, device=query.device), query_offsets, key_offsets, weight,
         keep, output, output if lse is None else lse, *output.stride()[:3],

@@ -268,7 +268,7 @@ def _consumer(
         s = _adjust(s, 0, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_TAIL, sl)
         m = gl.max(s, 1) * scale
         p = gl.exp2(s * scale - _shift(m, GUARD)[:, None])
-        l = _row_sum(p, BN)
+        sums = _row_sum(p, BN)
         p16 = gl.convert_layout(p.to(dtype), pl)
         o = gl.zeros([64, BD], gl.float32, ol)
         i_kv += 1
@@ -293,8 +293,8 @@ def _consumer(
             shift = _shift(m_new, GUARD)
             alpha = gl.exp2(m - shift)
             p = gl.exp2(s * scale - shift[:, None])
-            alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-            l = l * alpha_l[:, None] + _row_sum(p, BN)
+            alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
+            sums = sums * alpha_l[:, None] + _row_sum(p, BN)
             m = m_new
             i_kv += 1
             # this wait for the next K keeps the assembler from lifting the PV wait over the softmax
@@ -311,9 +311,11 @@ def _consumer(
         mbarrier.arrive(v_empty.index(st), count=1)
 
         # a row that saw no key: zeros, and log 0
-        total = gl.sum(l, 1)
+        total = gl.sum(sums, 1)
         m_row = gl.convert_layout(m, row_o)
         seen = m_row > NOTHING
+        if not USE_TAIL:
+            seen = seen & (n_kept > 0)
         b_l = gl.where(seen, gl.convert_layout(total, row_o), 1.0)
         o = o * gl.where(seen, 1.0 / b_l, 0.0)[:, None]
         q_start = _query_start(i_q, q_offsets, NC * 64, EQUAL_Q) + WG * 64

@@ -36,9 +36,11 @@ def log_mass(query: Tensor, key_mean: Tensor, offsets: Tensor, probes: int) -> T
     B, S, H, D = query.shape
     N = offsets.numel() - 1
     lengths = offsets.diff()
-    turn = torch.arange(probes, device=query.device)
+    last = (lengths - 1)[:, None]
     # evenly spaced from the first token to the last; a single probe stands in the middle
-    pick = (lengths[:, None] - 1) * turn // (probes - 1) if probes > 1 else (lengths - 1)[:, None] // 2
+    pick = last // 2
+    if probes > 1:
+        pick = last * torch.arange(probes, device=query.device) // (probes - 1)
     pick = (offsets[:-1, None] + pick).flatten().long()
     q = query.index_select(1, pick).transpose(1, 2).float()
     k = key_mean.float().repeat_interleave(H // key_mean.shape[1], dim=1)

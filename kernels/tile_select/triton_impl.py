@@ -48,12 +48,14 @@ def run(
     key_mean = key_mean if key_mean.stride(-1) == 1 else key_mean.contiguous()
     always, dense_rows = always.view(torch.uint8), dense_rows.view(torch.uint8)
     ROWS = max(1, 64 // probes)
-    BN = 64
+    BN = min(128, max(16, 1 << (N - 1).bit_length()))
+    # the histogram starts anew at every step, so its steps are long
+    BC = min(2048 // ROWS, max(16, 1 << (N - 1).bit_length()))
     tile_score_kernel[(-(-N // ROWS), B * H)](
         query, key_mean, offsets, always, dense_rows, x, stats, histogram,
         *query.stride()[:3], *key_mean.stride()[:3], S, H, H // HK, N,
         D**-0.5 * 1.4426950408889634, D=D, BD=max(16, 1 << (D - 1).bit_length()), PROBES=probes,
-        ROWS=ROWS, BN=BN, BINS=BINS, REACH=REACH, UPCAST=interpreting(), num_warps=4,
+        ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, UPCAST=interpreting(), num_warps=4,
     )
     tile_list_kernel[(N, B * H)](
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,

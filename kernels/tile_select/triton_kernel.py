@@ -42,7 +42,7 @@ def tile_score_kernel(
     query, key_mean, offsets, always, dense_rows, x, stats, histogram,
     sqb, sqs, sqh, skb, skh, skn, S, H, GROUPS, N, scale,
     D: tl.constexpr, BD: tl.constexpr, PROBES: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    BINS: tl.constexpr, REACH: tl.constexpr, UPCAST: tl.constexpr,
+    BC: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """ROWS tiles of queries, each by PROBES of its queries."""
     i_bh = tl.program_id(1)
@@ -102,8 +102,8 @@ def tile_score_kernel(
     tl.debug_barrier()
     dense = tl.load(dense_rows + o_row, mask=m_row, other=1) != 0
     counted = tl.zeros([BINS], tl.int32)
-    for i_n in range(0, N, BN):
-        o_n = i_n + tl.arange(0, BN)
+    for i_n in range(0, N, BC):
+        o_n = i_n + tl.arange(0, BC)
         m_n = o_n < N
         b_x = tl.load(p_x + o_n[None, :], mask=m_row[:, None] & m_n[None, :], other=0.0)
         step = step_of_z(b_x, mean[:, None], rsqrt[:, None], BINS, REACH)
@@ -112,7 +112,7 @@ def tile_score_kernel(
         # what is not free goes to step 0, and is taken off again: older Tritons have no mask here
         step = tl.where(free, step, 0)
         taken = tl.sum(tl.sum((~free).to(tl.int32), 1), 0)
-        counted += tl.histogram(tl.reshape(step, [ROWS * BN]), BINS)
+        counted += tl.histogram(tl.reshape(step, [ROWS * BC]), BINS)
         counted -= tl.where(tl.arange(0, BINS) == 0, taken, 0)
     o_bin = tl.arange(0, BINS)
     tl.atomic_add(histogram + i_b * BINS + o_bin, counted, mask=counted > 0)

@@ -4,10 +4,21 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import DTYPES, HEAD_DIMS, Case, check, equal_offsets, ragged_offsets
+from attention_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    Case,
+    check,
+    equal_offsets,
+    poisoned,
+    ragged_offsets,
+)
 
 from fastdiff.kernels.block_pool import block_pool
 from fastdiff.kernels.block_sparse_attention import implementations, probe
+from fastdiff.kernels.tile_gather import tile_gather
+from fastdiff.kernels.tile_select import tile_select
+from fastdiff.kernels.token_permute import permute_tokens
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -68,3 +79,60 @@ def test_block_pool(dtype, masked):
         assert torch.equal(weight, wanted_weight)
         bound = torch.finfo(dtype).eps * 4
         torch.testing.assert_close(mean.double(), wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tile_gather(dtype, masked):
+    g = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 50, 4, 40, generator=g).to(dtype).to(DEVICE)
+    k, v = (torch.randn(2, 50, 2, 40, generator=g).to(dtype).to(DEVICE) for _ in range(2))
+    order = torch.randperm(50, generator=g).to(DEVICE)
+    mask = (torch.rand(2, 50, generator=g) < 0.6).to(DEVICE) if masked else None
+    for offsets in (ragged_offsets(50, 20, g), equal_offsets(50, 16)):
+        options = {"order": order, "offsets": offsets.to(DEVICE), "block": 20, "mask": mask}
+        with poisoned():
+            found = tile_gather(q, k, v, **options, impl="triton")
+        wanted = tile_gather(q, k, v, **options, impl="torch")
+        for x, y in zip(found, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(permute_tokens(q, order, impl="triton"), q[:, order])
+
+
+@pytest.mark.parametrize("case", [(1, 2, 2, 137, 16, 16, 8), (2, 4, 2, 90, 40, 20, 4),
+                                  (1, 1, 1, 96, 64, 16, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tile_select(dtype, case):
+    batch, heads, kv_heads, tokens, dim, block, probes = case
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(batch, tokens, heads, dim, generator=g).to(dtype).to(DEVICE)
+    offsets = equal_offsets(tokens, block).to(DEVICE)
+    blocks = len(offsets) - 1
+    mean = torch.randn(batch, kv_heads, blocks, dim, generator=g).to(dtype).to(DEVICE)
+    always, dense = (torch.arange(blocks, device=DEVICE) == n for n in (1, blocks - 1))
+    for density in (0.3, 0.6, 1.0):
+        options = {"density": density, "probes": probes}
+        with poisoned():
+            found = tile_select(q, mean, offsets, always, dense, **options, impl="triton")
+        wanted = tile_select(q, mean, offsets, always, dense, **options, impl="torch")
+        # a score on the border of two steps may fall either way
+        assert (found.keep != wanted.keep).float().mean() <= 0.01
+        listed = torch.arange(blocks, device=DEVICE) < found.counts[..., None]
+        kept = torch.zeros_like(found.keep).scatter_(
+            -1, torch.where(listed, found.indices, 0).long(), listed)
+        kept[..., 0] |= found.keep[..., 0]
+        assert torch.equal(kept, found.keep)
+        assert torch.equal(found.counts, found.keep.sum(-1).int())
+        length = offsets.diff().long()
+        assert found.pairs == ((found.keep * length).sum(-1) * length).sum()
+
+
+@pytest.mark.skipif(not GPU or bool(implementations(DEVICE, torch.float16, 64)["gluon"]),
+                    reason="no Hopper GPU")
+@pytest.mark.parametrize("case", [
+    Case(2, 4, 2, 517, 900, dim, block_q, block_k, dtype, ragged, False, tail, seed=dim)
+    for dim in (64, 80, 128) for dtype in DTYPES[1:] for ragged in (False, True)
+    for tail in (False, True) for block_q, block_k in ((128, 128), (128, 32), (97, 117))
+], ids=repr)
+def test_gluon(case):
+    check(case.build(DEVICE), "gluon")

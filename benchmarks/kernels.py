@@ -1,0 +1,306 @@
+"""Block-sparse attention against the best dense kernel, interleaved; E = 1 wastes nothing.
+
+All candidates of a shape run in turn, round after round, so that they share the card's clocks.
+E is the best dense time, times the density, over the sparse time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import record  # noqa: E402
+from dense_kernels import dense_kernel, kernels  # noqa: E402
+
+from fastdiff.kernels.block_sparse_attention import (  # noqa: E402
+    block_sparse_attention,
+    implementations,
+)
+from fastdiff.kernels.tile_gather import tile_gather  # noqa: E402
+from fastdiff.kernels.tile_select import tile_select  # noqa: E402
+
+Run = Callable[[], Any]
+
+
+class Shape(NamedTuple):
+    """One comparison. pattern: random, local or uneven lists. method: the whole of tile-sparse
+    (gather, selection, kernel, back) in place of the kernel alone."""
+
+    name: str
+    heads: int
+    tokens: int
+    dim: int
+    density: float
+    block_k: int = 128
+    pattern: str = "random"
+    tail: bool = False
+    method: bool = False
+    flex: bool = False
+
+
+SHAPES = (
+    *(Shape("Wan-1.3B 480p", 12, 32760, 128, d, flex=d == 1 / 8) for d in (1 / 2, 1 / 4, 1 / 8,
+                                                                           1 / 16)),
+    *(Shape("32k", 12, 32768, 128, d) for d in (1 / 2, 1 / 4, 1 / 8, 1 / 16)),
+    Shape("32k, keys by 64", 12, 32768, 128, 1 / 8, 64),
+    Shape("32k, keys by 32", 12, 32768, 128, 1 / 8, 32),
+    Shape("32k, keys by 16", 12, 32768, 128, 1 / 8, 16),
+    Shape("32k, uneven rows", 12, 32768, 128, 1 / 8, pattern="uneven"),
+    Shape("32k, tail", 12, 32768, 128, 1 / 8, tail=True),
+    Shape("32k, D=64", 12, 32768, 64, 1 / 4),
+    Shape("32k, D=64", 12, 32768, 64, 1 / 8),
+    Shape("Wan-14B 720p", 8, 75600, 128, 1 / 4),
+    Shape("Wan-14B 720p", 8, 75600, 128, 1 / 8),
+    Shape("Wan-14B 720p, local", 8, 75600, 128, 1 / 8, pattern="local"),
+    Shape("HunyuanVideo 720p", 6, 119056, 128, 1 / 8),
+    Shape("Flux 2048", 24, 16896, 128, 1 / 4),
+    Shape("Flux 1024", 24, 4608, 128, 1 / 4),
+    # everything that tile-sparse does in a layer
+    Shape("Wan-1.3B 480p, whole method", 12, 32760, 128, 0.15, tail=True, method=True),
+    Shape("Wan-14B 720p, whole method", 40, 75600, 128, 1 / 8, tail=True, method=True),
+    Shape("128k, whole method", 6, 131072, 128, 0.1, tail=True, method=True),
+)
+TINY = (Shape("tiny", 2, 700, 64, 0.5), Shape("tiny, tail", 2, 700, 64, 0.5, tail=True),
+        Shape("tiny, whole method", 2, 700, 64, 0.5, tail=True, method=True))
+
+
+def lists(shape: Shape, blocks: int, key_blocks: int, device: str) -> tuple[torch.Tensor, ...]:
+    """(indices, counts, keep) of the pattern."""
+    kept = max(1, round(shape.density * key_blocks))
+    place = torch.rand(1, shape.heads, blocks, key_blocks, device=device)
+    if shape.pattern == "local":
+        centre = torch.arange(blocks, device=device)[:, None] * (key_blocks / blocks)
+        place = (torch.arange(key_blocks, device=device) - centre).abs().expand_as(place)
+    counts = torch.full((1, shape.heads, blocks), kept, dtype=torch.int32, device=device)
+    if shape.pattern == "uneven":
+        spread = (torch.randn(1, shape.heads, blocks, device=device) * 0.8).exp()
+        counts = (spread / spread.mean() * kept).round().clamp(1, key_blocks).int()
+    rank = place.argsort(dim=-1).argsort(dim=-1)
+    keep = rank < counts[..., None]
+    number = torch.arange(key_blocks, device=device)
+    indices = torch.where(keep, number, key_blocks).sort(dim=-1).values.int()
+    return indices.contiguous(), counts, keep
+
+
+def offsets_of(tokens: int, block: int, device: str) -> torch.Tensor:
+    return torch.tensor([*range(0, tokens, block), tokens], dtype=torch.int32, device=device)
+
+
+def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, Run], float]:
+    """Every way of computing this shape, and the density of the sparse ones."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    g = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(1, shape.tokens, shape.heads, shape.dim, device=device, dtype=dtype,
+                           generator=g) for _ in range(3))
+    runs: dict[str, Run] = {}
+
+    def dense(kernel: str) -> Run:
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+
+        def run() -> torch.Tensor:
+            with dense_kernel(kernel):
+                return F.scaled_dot_product_attention(*heads)
+
+        return run
+
+    for kernel in kernels(device):
+        if kernel not in ("default", "math") or device == "cpu":
+            runs[f"dense {kernel}"] = dense(kernel)
+    block = 128
+    q_offsets, k_offsets = (offsets_of(shape.tokens, n, device) for n in (block, shape.block_k))
+    blocks, key_blocks = len(q_offsets) - 1, len(k_offsets) - 1
+    if shape.method:
+        order = torch.randperm(shape.tokens, generator=g, device=device)
+        none = torch.zeros(blocks, dtype=torch.bool, device=device)
+
+        def whole(impl: str) -> Run:
+            def run() -> Any:
+                t = tile_gather(q, k, v, order, q_offsets, block=block)
+                found = tile_select(t.query, t.key_mean, q_offsets, none, none,
+                                    density=shape.density)
+                out = block_sparse_attention(
+                    *t[:3], found.indices, found.counts, q_offsets, q_offsets, block_q=block,
+                    block_k=block, tail=(*t[3:], found.keep), impl=impl)
+                assert isinstance(out, torch.Tensor)
+                return out.index_select(1, order)
+
+            return run
+
+        runs |= {f"tile-sparse, {impl}": whole(impl) for impl in impls}
+
+        def selection() -> Any:
+            return tile_select(q, k_mean, q_offsets, none, none, density=shape.density)
+
+        k_mean = tile_gather(q, k, v, order, q_offsets, block=block).key_mean
+        runs["selection alone"] = selection
+        return runs, shape.density
+    indices, counts, keep = lists(shape, blocks, key_blocks, device)
+    share = k_offsets.diff().float() / shape.tokens
+    rows = q_offsets.diff().float() / shape.tokens
+    density = float(((keep.float() @ share) @ rows).mean())
+    tail = None
+    if shape.tail:
+        identity = torch.arange(shape.tokens, device=device)
+        t = tile_gather(q, k, v, identity, k_offsets, block=shape.block_k)
+        tail = (*t[3:], keep)
+
+    def sparse(impl: str) -> Run:
+        return lambda: block_sparse_attention(
+            q, k, v, indices, counts, q_offsets, k_offsets, block_q=block, block_k=shape.block_k,
+            tail=tail, impl=impl)
+
+    runs |= {impl: sparse(impl) for impl in impls}
+    if shape.flex and device == "cuda":
+        runs["FlexAttention"] = flex(q, k, v, indices, counts)
+    return runs, density
+
+
+def flex(q: Any, k: Any, v: Any, indices: Any, counts: Any) -> Run:
+    """torch's FlexAttention with the same blocks, its mask made beforehand."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    mask = BlockMask.from_kv_blocks(counts, indices, counts, indices, BLOCK_SIZE=128,
+                                    seq_lengths=(q.shape[1], k.shape[1]))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    return lambda: compiled(*heads, block_mask=mask)
+
+
+def interleaved(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of a call of every candidate. Each round, each is called for about 20 ms in a row:
+    the device then never waits for the host, unless the host is what is slow."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    timed = _timed_cuda if device == "cuda" else _timed_cpu
+    calls = {name: max(1, min(50, round(0.02 / timed(run, 1)))) for name, run in runs.items()}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(timed(run, calls[name]))
+    return found
+
+
+def _timed_cuda(run: Run, calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def _timed_cpu(run: Run, calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def host_microseconds(run: Run, calls: int = 100) -> float:
+    """Time of the host for one call, the device working behind."""
+    run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    spent = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return spent / calls * 1e6
+
+
+def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[dict[str, Any]]:
+    runs, density = candidates(shape, device, impls)
+    base = {**shape._asdict(), "density": density}
+    rows, working = [], {}
+    for name, run in runs.items():
+        try:
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            working[name] = run
+        except Exception as error:  # what cannot run here is a row that says why
+            rows.append({**base, "what": name, "failed": f"{type(error).__name__}: {error}"[:300]})
+    times = interleaved(working, rounds, device)
+    best = min(record.spread(times[name])["seconds"] for name in times if name.startswith("dense"))
+    for name, found in times.items():
+        row = {**base, "what": name, **record.spread(found)}
+        if name.startswith("dense"):
+            row["tflops"] = 4 * shape.heads * shape.tokens**2 * shape.dim / row["seconds"] / 1e12
+        elif name == "selection alone":
+            row["share_of_best_dense"] = row["seconds"] / best
+        else:
+            row["speedup"] = best / row["seconds"]
+            row["efficiency"] = best * density / row["seconds"]
+        if device == "cuda" and shape.tokens < 5000:
+            row["host_microseconds"] = host_microseconds(working[name])
+        rows.append(row)
+    return rows
+
+
+def clocks() -> str | None:
+    """Clock and power of the card now, as its driver tells them."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def told(row: dict[str, Any]) -> str:
+    where = f"{row['name']:<28} {row['density']:<7.4f} {row['what']:<22}"
+    if "failed" in row:
+        return f"{where} FAILED {row['failed']}"
+    more = f"E {row['efficiency']:.3f}  {row['speedup']:.2f}x" if "efficiency" in row else ""
+    host = f"  host {row['host_microseconds']:.0f} us" if "host_microseconds" in row else ""
+    return f"{where} {row['seconds'] * 1e3:9.3f} ms  {more}{host}"
+
+
+def main(
+    words: list[str] | None = None, bar: Callable[[str, int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--impl", nargs="*", help="default: all that can run here")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, any device")
+    parser.add_argument("--only", help="part of a shape's name")
+    parser.add_argument("--output", "-o", type=Path, default=record.RESULTS)
+    args = parser.parse_args(words)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.tiny:
+        parser.error("no CUDA device; --tiny runs small shapes here")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    usable = implementations(device, dtype, 128)
+    impls = args.impl or [name for name in ("gluon", "triton", "torch")
+                          if not usable[name] and (name != "torch" or device == "cpu")]
+    shapes = [s for s in (TINY if args.tiny else SHAPES) if (args.only or "") in s.name]
+    if not shapes:
+        parser.error(f"no shape has {args.only!r} in its name")
+    rows: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {"rounds": args.rounds, "dtype": str(dtype), "clocks": [clocks()]}
+    path = args.output / f"kernels_{device}.json" if not args.output.suffix else args.output
+    for i, shape in enumerate(shapes):
+        bar(shape.name, i, len(shapes))
+        rows += (found := measure(shape, args.rounds, device, impls))
+        settings["clocks"].append(clocks())
+        record.write(path, "kernels", device, settings, rows)
+        for row in found:
+            say(told(row))
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    bar("done", len(shapes), len(shapes))
+    say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
