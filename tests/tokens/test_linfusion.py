@@ -149,7 +149,8 @@ def test_which_loras_cannot_apply(tmp_path, caplog):
         assert torch.equal(zoo.call("sdxl", pipe), plain)
     assert pipe.fastdiff.report.methods["linfusion"][what] == "lost (wholly)"
     assert "lost (wholly)" in caplog.text
-    pipe.load_lora_weights(lora(pipe.unet, ("attn1.to_q", "attn2.to_q")), adapter_name="both")
+    weights = lora(zoo.build("sdxl").unet, ("attn1.to_q", "attn2.to_q"))
+    pipe.load_lora_weights(weights, adapter_name="both")
     pipe.set_adapters(["lost", "both"])
     zoo.call("sdxl", pipe)
     assert pipe.fastdiff.report.methods["linfusion"][what] == "both (partly), lost (wholly)"
