@@ -13,6 +13,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 128)
 BLOCKS = 128
 ROWS = 64
+# places in the kernel's arguments: tensors passed by pointer, and the largest stride
+POINTERS, STRIDE = slice(6, 16), 16
 
 # padded head dim -> key tile, K/V stages, Q buffers, ping-pong
 CONFIGS = {
@@ -46,8 +48,10 @@ def broken(device: torch.device) -> str | None:
     indices = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=device)[None, None]
     counts = torch.tensor([[[2, 1]]], dtype=torch.int32, device=device)
     try:
-        found, _ = run(q, k, v, indices, counts, offsets, offsets, block_q=128, block_k=128,
-                       key_mask=None, tail=None, scale=0.125, return_lse=False)
+        # twice: the second launch takes the short way
+        for _ in range(2):
+            found, _ = run(q, k, v, indices, counts, offsets, offsets, block_q=128, block_k=128,
+                           key_mask=None, tail=None, scale=0.125, return_lse=False)
     except Exception as error:  # whatever a compiler or driver throws is a reason
         return f"{type(error).__name__}: {error}"
     q, k, v = (x.float()[:, :, 0] for x in (q, k, v))
@@ -111,10 +115,33 @@ def run(
     args, settings, programs = arguments(
         query, key, value, indices.contiguous(), counts.contiguous(), query_offsets, key_offsets,
         output, lse, block_q=block_q, block_k=block_k, tail=tail, scale=scale, **changes)
-    kernel[(programs,)](*args, **settings)
+    _launch(kernel, args, settings, programs, query)
     for found in args[:6]:
         found.base = None
     return output, lse
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def _launch(
+    kernel: Any, args: tuple, settings: dict[str, Any], programs: int, query: Tensor
+) -> None:
+    """Launch; a kernel that was launched before goes past triton's look at every argument.
+
+    That look costs more host time than the rest of the call. It decides by what `key` holds, by
+    whether pointers are multiples of 16 bytes, and by whether numbers fit 32 bits.
+    """
+    key = (query.device, query.dtype, *settings.values())
+    plain = all(x.data_ptr() % 16 == 0 for x in args[POINTERS]) and args[STRIDE] < 1 << 31
+    ready = _compiled.get(key) if plain else None
+    if ready is not None:
+        constants = [settings[name] for name in kernel.arg_names[len(args):]]
+        ready[(programs, 1, 1)](*args, *constants)
+        return
+    found = kernel[(programs,)](*args, **settings)
+    if plain:
+        _compiled[key] = found
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-SIZES = ["SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M", "WORK", "TAIL_TILES"]
+SIZES = ["sob", "sos", "soh", "SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M", "WORK", "TAIL_TILES"]
 # stands for minus infinity, and what no real score falls below
 LOWEST = gl.constexpr(-1e30)
 NOTHING = gl.constexpr(-1e20)
