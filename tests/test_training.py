@@ -11,7 +11,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
-from training import captions, data, denoiser, text  # noqa: E402
+from training import (  # noqa: E402
+    captions,
+    data,
+    denoiser,
+    image_models,
+    joint,
+    lean_codec,
+    text,
+)
 from training.autoencoder import FullSequence, build_autoencoder  # noqa: E402
 
 AE = {"encoder_dim": 8, "decoder_dim": 8, "dim_mult": [1, 2, 3]}
@@ -115,3 +123,58 @@ def test_lean_denoiser_equals_stock_on_zero_padded_prompts(padded):
         lean = denoiser.LeanDenoiser(model)
         out = lean(latents, sigma, prompt[:, : text.TOKENS], bias, torch.float32)
     torch.testing.assert_close(out, denoiser.patches(stock, "output"), rtol=1e-4, atol=1e-4)
+
+
+def test_lean_codec_equals_stock_autoencoder():
+    torch.manual_seed(0)
+    vae = image_models.build_codec({"widths": [8, 16, 24, 24]}).eval()
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    codec = lean_codec.LeanCodec(vae)
+    with torch.no_grad():
+        frames = torch.rand(2, 3, 40, 56) * 2 - 1
+        stock = vae.encode(frames).latent_dist.parameters
+        torch.testing.assert_close(codec.encode(frames), stock, rtol=1e-4, atol=1e-5)
+        latents = torch.randn(2, 16, 5, 7)
+        torch.testing.assert_close(
+            codec.decode(latents), vae.decode(latents).sample, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_folded_statistics_leave_pictures_alone_and_make_latents_standard():
+    torch.manual_seed(1)
+    vae = image_models.build_codec({"widths": [8, 8, 16, 16]}).eval()
+    frames = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(frames).latent_dist.mean
+        before = vae.decode(latents).sample
+        rows = latents.transpose(0, 1).flatten(1)
+        image_models.fold_statistics(vae, rows.mean(1), rows.std(1))
+        folded = vae.encode(frames).latent_dist.mean
+        torch.testing.assert_close(vae.decode(folded).sample, before, rtol=1e-3, atol=1e-4)
+    rows = folded.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows.std(1), torch.ones(16), rtol=1e-3, atol=0)
+
+
+def test_lean_flux_equals_stock_denoiser():
+    torch.manual_seed(2)
+    text = {"dim": 24, "pooled_dim": 16}
+    model = image_models.build_joint({"heads": 1, "double_layers": 1, "single_layers": 1}, text)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    tokens, hidden, pooled = torch.randn(2, 9, 64), torch.randn(2, 5, 24), torch.randn(2, 16)
+    sigma = torch.tensor([0.25, 0.75])
+    with torch.no_grad():
+        lean = joint.LeanJoint(model)(tokens, sigma, hidden, pooled, edge=6)
+        stock = model(
+            hidden_states=tokens,
+            encoder_hidden_states=hidden,
+            pooled_projections=pooled,
+            timestep=sigma,
+            img_ids=image_models.image_ids(6, torch.device("cpu")),
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+    torch.testing.assert_close(lean, stock, rtol=1e-4, atol=1e-5)
+    assert image_models.unpack(image_models.pack(torch.ones(1, 16, 6, 6)), 6).shape == (1, 16, 6, 6)

@@ -4,6 +4,7 @@ import json
 import math
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -119,4 +120,21 @@ def export_image(state: ImageState, folder: Path) -> dict[str, float]:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "fastdiff.json").write_text(json.dumps(image_defaults(state.config), indent=2) + "\n")
     return folder_sizes(folder)
+
+
+def image_defaults(config: dict) -> dict[str, Any]:
+    """The `fastdiff.json` of the folder: what the model makes best."""
+    settings = config["evaluation"]
+    return {
+        "kind": ["image"],
+        "height": config["edge"],
+        "width": config["edge"],
+        "steps": settings["steps"],
+        "max_sequence_length": TOKENS,
+        "multiple": 16,
+        "call": {"true_cfg_scale": settings["guidance"], "negative_prompt": ""},
+        "license": "Apache-2.0, sprites MIT",
+        "summary": "40 objects on 12 background colours",
+    }
