@@ -65,21 +65,33 @@ def denoiser(result: dict) -> list[str]:
 
 
 def kernels(result: dict) -> list[str]:
-    wanted = [row for row in result["rows"]
-              if "failed" not in row and row["name"] != "block_pool" and _shipped(row)]
-    rows = [[f"{row['heads']} x {row['tokens']:,} x {row['head_dim']}", row["name"],
-             f"{row['density']:.3f}", f"{row['seconds'] * 1e3:.3f}", f"{row['tflops']:.0f}",
-             f"{row['speedup']:.2f}x", f"{row['efficiency']:.2f}"] for row in wanted]
-    heads = ["heads x tokens x D", "what", "density", "ms", "TFLOP/s", "over best dense", "E"]
-    errors = result["errors"]
-    failed = sum("failed" in row for row in errors)
-    checked = f"{len(errors)} random cases against float64, {failed} failed"
-    return [*table(heads, rows), "", f"{checked}. {_interleaved(result)}"]
+    """One line a shape: the best dense kernel, then each implementation's time and E."""
+    shapes: dict[tuple, list[Row]] = {}
+    for row in result["rows"]:
+        shapes.setdefault((row["name"], row["heads"], row["tokens"], row["dim"],
+                           row["density"]), []).append(row)
+    rows = []
+    for (name, heads, tokens, dim, density), found in shapes.items():
+        dense = min((r for r in found if r["what"].startswith("dense") and "seconds" in r),
+                    key=lambda r: r["seconds"])
+        cells = [name, f"{heads} x {tokens:,} x {dim}", f"{density:.3f}",
+                 f"{dense['seconds'] * 1e3:.2f} ({dense['what'].removeprefix('dense ')})"]
+        for impl in ("gluon", "triton", "FlexAttention"):
+            row = next((r for r in found if r["what"] in (impl, f"tile-sparse, {impl}")), None)
+            cells.append("" if row is None or "seconds" not in row else
+                         f"{row['seconds'] * 1e3:.2f}, {row['speedup']:.2f}x, "
+                         f"{row['efficiency']:.2f}")
+        rows.append(cells)
+    heads = ["shape", "heads x tokens x D", "density", "best dense, ms",
+             "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E"]
+    return [*table(heads, rows), "", _interleaved(result)]
 
 
-def _shipped(row: Row) -> bool:
-    return row["name"].startswith("dense") or row["config"] == [64, 64, 4, 3] or (
-        row["head_dim"] == 64 and row["block"] == 64)
+def kernel_cases(result: dict) -> list[str]:
+    rows = [[row["impl"], f"{row['cases']:,}", str(row["failed"]),
+             f"{row['worst_error_over_allowed']:.2f}"] for row in result["rows"]]
+    return [*table(["implementation", "cases", "failed", "largest error over its bound"], rows),
+            "", _where(result, "random sizes, strides, lists, ragged blocks and tails")]
 
 
 def cpu_attention(result: dict) -> list[str]:
@@ -178,7 +190,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "quality": ("tiny_video_quality_cpu.json", quality),
     "forward-cpu": ("tiny_video_forward_cpu.json", forward),
     "denoiser": ("denoiser_cuda.json", denoiser),
-    "kernels": ("kernels_gpu.json", kernels),
+    "kernels": ("kernels_cuda.json", kernels),
+    "kernel-cases": ("kernel_cases_cuda.json", kernel_cases),
     "cpu-attention": ("cpu_attention.json", cpu_attention),
     "batch": ("batch-cpu.json", batch),
     "batch-workers": ("batch-workers-cpu.json", batch_workers),
