@@ -71,7 +71,8 @@ def run_group(group: list[Case], device: str, impl: str) -> list[tuple[str, floa
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--impl", nargs="*", help="default: all that can run here")
-    parser.add_argument("--count", type=int, default=10_000, help="cases of each implementation")
+    parser.add_argument("--count", type=int, nargs="+", default=[10_000],
+                        help="cases of each implementation; the last number goes on")
     parser.add_argument("--per-group", type=int, default=60)
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
     parser.add_argument("--output", "-o", type=Path, default=record.RESULTS)
@@ -81,12 +82,12 @@ def main(words: list[str] | None = None) -> None:
     impls = args.impl or [name for name in ("gluon", "triton", "torch") if not half[name]]
     rows = []
     context = multiprocessing.get_context("spawn")
-    for impl in impls:
-        begin = time.perf_counter()
+    for i, impl in enumerate(impls):
+        begin, count = time.perf_counter(), args.count[min(i, len(args.count) - 1)]
         found, failed = [], []
         with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
             tasks = [pool.submit(run_group, group, device, impl)
-                     for group in groups(impl, args.count, args.per_group)]
+                     for group in groups(impl, count, args.per_group)]
             for task in as_completed(tasks):
                 for case, ratio, wrong in task.result():
                     (failed if wrong else found).append((case, ratio, wrong))
