@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import method_tables
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
-         "docs/batch.md", "docs/bottleneck.md", "fastdiff/models/tiny-video/README.md")
+         "docs/batch.md", "docs/bottleneck.md", "docs/static-policies.md",
+         "fastdiff/models/tiny-video/README.md")
 
 Row = dict
 
@@ -170,6 +173,28 @@ def staged_loop(result: dict) -> list[str]:
     return [*table(heads, rows), "", _where(result, "random weights, one prompt")]
 
 
+def mask_maps(result: dict) -> list[str]:
+    rows = [[row["method"], ", ".join(f"{k}={v}" for k, v in row["options"].items()),
+             "on" if row["tail"] else "off", f"{row['density']:.2f}",
+             f"{row['kept_attention']:.2f}", f"{row['output_error']:.3f}"]
+            for row in result["rows"]]
+    heads = ["method", "options", "tail", "density", "attention kept", "output error"]
+    made = result["settings"]
+    what = (f"{made['model']}, grid {' x '.join(map(str, made['grid']))}, step {made['step'] + 1}, "
+            f"layer {made['layer'] + 1} of {made['layers']}, one prompt")
+    return [*table(heads, rows), "", _where(result, what)]
+
+
+def by_method(result: dict) -> list[str]:
+    heads, rows = method_tables.methods(result)
+    return [*table(heads, rows), "", _where(result, method_tables.methods_note(result))]
+
+
+def by_architecture(result: dict) -> list[str]:
+    heads, rows = method_tables.architectures(result)
+    return [*table(heads, rows), "", _interleaved(result)]
+
+
 def _interleaved(result: dict) -> str:
     first = result["rows"][0]
     repeats = first.get("repeats", first.get("rounds"))
@@ -196,8 +221,11 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "batch": ("batch-cpu.json", batch),
     "batch-workers": ("batch-workers-cpu.json", batch_workers),
     "ability": ("tiny_video_ability.json", ability),
+    "methods": ("methods_tiny_video_cuda_0.25.json", by_method),
+    "architectures": ("architectures_cuda.json", by_architecture),
     "staged": ("staged_tiny-video_picture_cpu.json", staged),
     "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
+    "mask-maps": ("mask_maps.json", mask_maps),
     "staged-loop": ("staged_loop_cuda.json", staged_loop),
 }
 
