@@ -97,6 +97,43 @@ def kernel_cases(result: dict) -> list[str]:
             "", _where(result, "random sizes, strides, lists, ragged blocks and tails")]
 
 
+def backward(result: dict) -> list[str]:
+    """Times of the backward alone; the error cases in one line below."""
+    rows = []
+    for row in result["rows"]:
+        if row["kind"] != "time" or "failed" in row or "config" in row:
+            continue
+        spent = row.get("parts", {})
+        rows.append([
+            f"{row['heads']} x {row['tokens']:,} x {row['head_dim']}", row["what"],
+            f"{row['density']:.3f}", "on" if row["tail"] else "",
+            f"{row['seconds'] * 1e3:.2f}", f"{row['tflops']:.0f}", f"{row['speedup']:.2f}x",
+            f"{row['efficiency']:.2f}",
+            *(f"{spent[k] * 1e3:.2f}" if k in spent else "" for k in ("dq", "dkv", "tail", "rest")),
+        ])
+    heads = ["heads x tokens x D", "what", "density", "tail", "ms", "TFLOP/s", "over best dense",
+             "E", "dq, ms", "dk and dv, ms", "means, ms", "rest, ms"]
+    cases = [row for row in result["rows"] if row["kind"] == "error"]
+    worst = max((max(row["shares"].values()) for row in cases if "shares" in row), default=0.0)
+    what = (f"{len(cases)} random cases against float64, {sum('failed' in r for r in cases)} "
+            f"failed, largest error {worst:.2f} of its bound; median of "
+            f"{result['settings']['rounds']}, interleaved")
+    return [*table(heads, rows), "", _where(result, what)]
+
+
+def finetune(result: dict) -> list[str]:
+    rows = [[row["trained"], row["judged"], _mean(row["loss"], ".4f"),
+             "" if row["trained"] == "not" else _mean(row["change"], "+.4f"),
+             f"{row['run']['step']['seconds']:.2f}" if "run" in row else ""]
+            for row in result["rows"]]
+    made = result["settings"]
+    what = (f"tiny-video, {made['method']} at density {made['density']:g}, {made['steps']} steps "
+            f"of {made['batch']} on {made['clips']} clips of {made['frames']} frames; judged on "
+            f"{made['unseen']} other clips, change paired, mean ± 95 % confidence")
+    return [*table(["trained", "judged", "loss", "change", "s a step"], rows), "",
+            _where(result, what)]
+
+
 def cpu_attention(result: dict) -> list[str]:
     rows = [[f"{row['tokens']:,}", row["blocks"], f"{row['density']:.2f}",
              "on" if row["tail"] else "off", f"{row['dense_seconds'] * 1e3:.0f}",
@@ -226,6 +263,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "staged": ("staged_tiny-video_picture_cpu.json", staged),
     "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
     "mask-maps": ("mask_maps.json", mask_maps),
+    "backward": ("backward_cuda.json", backward),
+    "finetune": ("finetune_cpu_tiny.json", finetune),
     "staged-loop": ("staged_loop_cuda.json", staged_loop),
 }
 
