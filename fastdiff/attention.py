@@ -106,6 +106,8 @@ class Layer:
         self.index = -1
         self.slot = len(session.report.layers)
         self.masks: dict[Any, tuple[int, Selection]] = {}
+        # a token method that lets tiles of queries skip: fewer, note, left_alone (query_skip.py)
+        self.skip: Any = None
         self._seen: tuple[int, int | None] | None = None
         self._call = 0
         session.report.layers.append(LayerReport(name))
@@ -260,6 +262,8 @@ class _Call:
         terms = Terms(key_mask, self.scale, session.impl)
         attended = policy.attend(self.query, self.key, self.value, context, terms)
         if attended is not None:
+            if self.layer.skip is not None:
+                self.layer.skip.left_alone()
             if self.trains and not attended.output.requires_grad:
                 reason = f"gradients are wanted, and {policy.name} computes attention without them"
                 session.fallback(self.layer, reason, self.flops)
@@ -275,6 +279,9 @@ class _Call:
         chosen = self._selection(policy, q, k, tiles, layout, context, branch)
         if chosen is None:
             return None
+        skip = self.layer.skip
+        if skip is not None:
+            chosen = skip.fewer(chosen, tiles, branch, layout.tokens)
         if key_mask is not None:
             key_mask = key_mask[:, tiles.order]
         tail = None
@@ -287,6 +294,8 @@ class _Call:
             block_q=tiles.block, block_k=tiles.block,
             key_mask=key_mask, tail=tail, scale=self.scale, impl=impl,
         )
+        if skip is not None:
+            skip.note(cast(Tensor, out), tiles, branch)
         tail_flops = self.flops * tiles.blocks / layout.tokens if policy.tail else 0.0
         self._count(chosen.density, impl, tail_flops)
         return permute_tokens(cast(Tensor, out), tiles.inverse)

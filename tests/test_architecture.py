@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "seam": {"shadow", "layout", "attention", "gradients"},
     "pipelines": {"clock", "layout", "method", "scheduler", "seam"},
     # methods that work on fewer tokens
-    "tokens": {"clock", "layout", "method", "kernels", "shadow", "attention", "seam"},
+    "tokens": {"clock", "layout", "blockmask", "method", "kernels", "shadow", "attention", "seam"},
     # presets and plans turn names into methods; finds their files by name
     "config": {"method"},
     "api": {"clock", "report", "method", "policies", "config", "scheduler", "shadow", "attention",

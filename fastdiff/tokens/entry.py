@@ -157,6 +157,13 @@ class Site:
         self.batch = 0 if hidden is None else fixed(hidden.shape[0])
         return arguments
 
+    def hook(self) -> Callable[..., None]:
+        """A forward pre-hook that looks."""
+        def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.look(args, kwargs)
+
+        return look
+
     def _spanned(self, layout: TokenLayout, ids: Tensor) -> TokenLayout:
         """The layout whose grid position ids [S, 3 or more] span; read once per ids tensor."""
         if torch.compiler.is_compiling():

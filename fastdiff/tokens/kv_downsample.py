@@ -65,20 +65,13 @@ class KVDownsample(Method):
             here = sites(name, part)
             stages: dict[str, Any] = {}
             for path, site in here.items():
-                entry.before(site.module, _looking(site))
+                entry.before(site.module, site.hook())
                 inner = f"{path}." if path else ""
                 for layer, _ in attention_modules(part.model):
                     if layer.startswith(inner) and not any(s in layer for s in part.family.skip):
                         stages[layer] = _Keys(self, host, site, phase, f"{name}.{layer}")
             entry.stages(part.model, host.clock, stages)
         return entry.leave
-
-
-def _looking(site: Site) -> Callable[..., None]:
-    def look(module, args, kwargs):
-        site.look(args, kwargs)
-
-    return look
 
 
 class _Keys:

@@ -68,7 +68,7 @@ class ToMe(Method):
                     watched |= {f"{inner}transformer_blocks.{i}.attn1": _as_it_is
                                 for i, _ in enumerate(layers)}
                     if layers:
-                        entry.before(site.module, _Looking(site))
+                        entry.before(site.module, site.hook())
                     for layer in layers:
                         merge = _Merge(self, host, site, phase, draw)
                         entry.before(layer.attn1, merge.before)
@@ -113,16 +113,6 @@ def _finest(here: dict[str, Site], levels: int) -> dict[str, Site]:
             level[path] = 0 if not ups else 1 << 20
     first = min(level.values(), default=0)
     return {path: site for path, site in here.items() if level[path] < first + levels}
-
-
-class _Looking:
-    """A hook that lets a site see its arguments."""
-
-    def __init__(self, site: Site) -> None:
-        self._site = site
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._site.look(args, kwargs)
 
 
 class _Draw:
