@@ -40,7 +40,7 @@ def renderer(folder: Path) -> Renderer:
 
 @pytest.fixture
 def house(renderer: Renderer) -> Iterator[House]:
-    found = House.open(renderer, Limits(side=96, frames=9, steps=400, results=20))
+    found = House.open(renderer, Limits(side=96, frames=9, steps=5000, results=20))
     yield found
     found.close()
 

@@ -1,6 +1,7 @@
 """The page in a real browser: what a visitor does, and that nothing is asked of another host."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_a_clip_plays_both_together(page):
 
 
 def test_stop(page, house):
-    generate(page, "video", steps=400)
+    generate(page, "video", steps=5000)
     page.wait_for_selector("#video-live:has-text('step')")
     page.click("#video-stop")
     page.wait_for_selector("#video-live:has-text('Stopped')")
@@ -131,11 +132,14 @@ def test_bad_input_is_a_sentence_and_the_next_works(page):
 
 def test_masks_follow_the_mouse_and_the_choices(page):
     tab(page, "Masks")
-    page.get_by_label("image", exact=True).last.check()
+    page.locator("#masks-kind").get_by_label("image").check()
     page.click("#method-tile-sparse button")
     knob(page, "tile-sparse.tile", "1,1,1")
     number(page, "masks-steps", 2)
+    page.fill("#masks-prompt textarea", "a red cat")
     page.click("#masks-go")
+    page.wait_for_selector("#masks-live:has-text('Recorded'), #masks-live .fd-problem")
+    assert page.inner_text("#masks-live") == "Recorded."
     page.wait_for_selector("#masks-kept img")
     assert "mass held" in page.inner_text("#masks-figures")
     first = page.get_attribute("#masks-kept img", "src")
@@ -173,10 +177,11 @@ def test_a_settings_file_fills_the_page(page, house, tmp_path):
     generate(page, "image", prompt="a white cat")
     done(page, "image")
     entry = next(reversed(house.shelf._entries.values()))
+    kept = shutil.copy(entry.files["settings"], tmp_path / "settings.json")
     page.reload()
     page.wait_for_selector("#settings-file")
     page.set_input_files("input[data-testid='settings-file-upload-button'], #settings-file input, "
-                         "input[type=file]", str(entry.files["settings"]))
+                         "input[type=file]", str(kept))
     page.wait_for_selector("#image-live:has-text('settings of the file')")
     assert page.input_value("#image-prompt textarea") == "a white cat"
     bad = tmp_path / "bad.json"
@@ -186,7 +191,7 @@ def test_a_settings_file_fills_the_page(page, house, tmp_path):
 
 
 def test_two_people_at_once(browser, page, address, house):
-    generate(page, "video", steps=400)
+    generate(page, "video", steps=5000)
     page.wait_for_selector("#video-live:has-text('step')")
     other_context = browser.new_context()
     other = other_context.new_page()
@@ -198,7 +203,7 @@ def test_two_people_at_once(browser, page, address, house):
     page.click("#video-stop")
     done(other, "image")
     # a page that closes takes its jobs along
-    generate(other, "video", steps=400)
+    generate(other, "video", steps=5000)
     other.wait_for_selector("#video-live:has-text('step')")
     other_context.close()
     end = time.monotonic() + 60

@@ -79,11 +79,11 @@ def test_the_settings_file_makes_the_same(house, tmp_path):
 
 
 def test_stop_ends_a_run_within_a_block(house):
-    job = house.ask("a", Wish("video", "a cat", steps=400))
+    job = house.ask("a", Wish("video", "a cat", steps=5000))
     while job.step < 1:
         assert not job.over.wait(0.01), job.problem
     job.stop()
-    assert job.over.wait(20) and job.state == STOPPED and job.step < 400
+    assert job.over.wait(20) and job.state == STOPPED and job.step < 5000
     assert not house.renderer.pipe.fastdiff.enabled
     after = house.ask("a", Wish("image", "a cat", steps=1))
     assert after.over.wait(60) and after.problem == ""

@@ -115,7 +115,7 @@ def test_a_bad_setting_is_a_sentence_and_the_server_lives(client, house, bad, wo
 
 
 def test_a_slider_past_its_end_is_refused_too(client):
-    with pytest.raises(AppError, match="greater than maximum value 400"):
+    with pytest.raises(AppError, match="greater than maximum value 5000"):
         image(client, steps=100000)
 
 
@@ -145,7 +145,7 @@ def test_batch_is_bounded(client):
 
 
 def test_stop_ends_the_running_job(client, house):
-    job = send(client, "/video", prompt="a red cat", steps=400)
+    job = send(client, "/video", prompt="a red cat", steps=5000)
     until(lambda: house.worker.load == 1)
     client.predict(api_name="/stop_video")
     assert "Stopped" in text(job.result(timeout=30)[0])
@@ -154,7 +154,7 @@ def test_stop_ends_the_running_job(client, house):
 
 def test_two_users_have_their_own_results_and_jobs(address, house):
     one, two = (connect(address) for _ in range(2))
-    first = send(one, "/video", prompt="a red cat", steps=400)
+    first = send(one, "/video", prompt="a red cat", steps=5000)
     until(lambda: house.worker.load == 1)
     second = send(two, "/image", prompt="a blue dog", steps=1)
     until(lambda: house.worker.load == 2)
@@ -267,7 +267,7 @@ def test_what_a_visitor_made_goes_with_him(house):
     job = house.ask("a", Wish("image", "a cat", steps=1))
     assert job.over.wait(60)
     folder = job.result.files["fast"].parent
-    running = house.ask("a", Wish("video", "a cat", steps=400))
+    running = house.ask("a", Wish("video", "a cat", steps=5000))
     assert folder.exists()
     house.leave("a")
     assert running.over.wait(20) and running.state == STOPPED
