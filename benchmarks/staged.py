@@ -195,7 +195,10 @@ def _sharpness(frames: Tensor) -> Tensor:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD with the cubic kernel, as in KID; features are scaled by those of b."""
+    """Unbiased squared MMD with the cubic kernel, as in KID; features are scaled by those of b.
+
+    Row i of both shows the same caption, so a sample never meets its own twin.
+    """
     scale = b.std(0).clamp_min(1e-3)
     a, b = (a - b.mean(0)) / scale, (b - b.mean(0)) / scale
     d = a.shape[1]
@@ -203,10 +206,11 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     def k(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / d + 1) ** 3
 
-    m, n = len(a), len(b)
-    within_a = (k(a, a).sum() - k(a, a).diagonal().sum()) / (m * (m - 1))
-    within_b = (k(b, b).sum() - k(b, b).diagonal().sum()) / (n * (n - 1))
-    return float(within_a + within_b - 2 * k(a, b).mean())
+    def mean(values: Tensor) -> Tensor:
+        n = len(values)
+        return (values.sum() - values.diagonal().sum()) / (n * (n - 1))
+
+    return float(mean(k(a, a)) + mean(k(b, b)) - 2 * mean(k(a, b)))
 
 
 def run(bench: Bench, args: argparse.Namespace) -> bool:
@@ -241,7 +245,8 @@ def run(bench: Bench, args: argparse.Namespace) -> bool:
 
 def summary(work: Path) -> list[dict[str, Any]]:
     samples: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(work.glob("*-*.json")):
+    # in the order of the captions
+    for path in sorted(work.glob("*-*.json"), key=lambda p: int(p.stem.rpartition("-")[2])):
         found = json.loads(path.read_text())
         samples.setdefault(found["variant"], []).extend(found["rows"])
     renders = json.loads((work / "renders.json").read_text())
