@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+# calls of a layer that are remembered one by one; training goes on for longer than any run
+RECENT = 1024
+
+
 @dataclass
 class LayerReport:
     """Counts of one attention layer over one run."""
@@ -24,6 +28,8 @@ class LayerReport:
     dense_flops: float = 0.0
     tail_flops: float = 0.0
     _clock: list[Any] = field(default_factory=list, repr=False)
+    # of the calls before the recent ones: sum of densities, operations kept and stock, seconds
+    _older: list[Any] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0], repr=False)
 
     def sparse(self, density: Tensor, flops: float, tail_flops: float) -> None:
         """A sparse call that would have cost `flops` when dense. Keeps the tensor: no sync."""
@@ -31,6 +37,8 @@ class LayerReport:
         self._density.append(density)
         self._pairs.append(flops)
         self.tail_flops += tail_flops
+        if len(self._density) >= 2 * RECENT:
+            self._settle()
 
     def dense(self, reason: str, flops: float, fallback: bool) -> None:
         (self.fallbacks if fallback else self.dense_calls)[reason] += 1
@@ -38,37 +46,43 @@ class LayerReport:
 
     def timed(self, seconds_or_events: Any) -> None:
         self._clock.append(seconds_or_events)
+        if len(self._clock) >= 2 * RECENT:
+            self._older[3] += _seconds(self._clock[:RECENT])
+            del self._clock[:RECENT]
+
+    def _settle(self) -> None:
+        """Add up the older calls, on the device they ran on."""
+        density = torch.stack(self._density[:RECENT]).double()
+        pairs = self._pairs[:RECENT]
+        self._older[0] += density.sum()
+        self._older[1] += density @ torch.tensor(pairs, dtype=torch.float64, device=density.device)
+        self._older[2] += sum(pairs)
+        del self._density[:RECENT], self._pairs[:RECENT]
 
     @property
     def density(self) -> float:
         """Realised density over the sparse calls."""
         if not self._density:
             return 1.0
-        return float(torch.stack([d.float().cpu() for d in self._density]).mean())
+        recent = torch.stack([d.double().cpu() for d in self._density]).sum()
+        return float(self._older[0] + recent.item()) / self.sparse_calls
 
     @property
     def densities(self) -> list[float]:
-        """Realised density of each sparse call, in order."""
+        """Realised density of each sparse call, in order; of the last 1024 to 2047 at most."""
         return [float(d) for d in self._density]
 
     @property
     def flops(self) -> tuple[float, float]:
         """(computed, stock) floating-point operations of attention over all calls."""
-        stock = self.dense_flops + sum(self._pairs)
-        kept = sum(float(d) * f for d, f in zip(self._density, self._pairs, strict=True))
+        stock = self.dense_flops + self._older[2] + sum(self._pairs)
+        kept = float(self._older[1])
+        kept += sum(float(d) * f for d, f in zip(self._density, self._pairs, strict=True))
         return self.dense_flops + self.tail_flops + kept, stock
 
     @property
     def seconds(self) -> float:
-        total = 0.0
-        for entry in self._clock:
-            if isinstance(entry, float):
-                total += entry
-            else:
-                begin, end = entry
-                end.synchronize()
-                total += begin.elapsed_time(end) / 1000
-        return total
+        return self._older[3] + _seconds(self._clock)
 
 
 @dataclass
@@ -150,6 +164,18 @@ class Report:
         lines += [f"DENSE FALLBACK, {n} calls: {why}" for why, n in total["fallbacks"].items()
                   if why not in self.stock]
         return "\n".join([*lines, *told])
+
+
+def _seconds(clock: list[Any]) -> float:
+    total = 0.0
+    for entry in clock:
+        if isinstance(entry, float):
+            total += entry
+        else:
+            begin, end = entry
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1000
+    return total
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ import fastdiff
 from fastdiff import gradients
 from fastdiff.attention import DenseFallbackError
 from fastdiff.policies.base import Attended
+from fastdiff.report import RECENT, LayerReport
 
 
 def inputs():
@@ -139,6 +140,21 @@ def test_a_few_steps_lower_the_loss():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_long_training_keeps_the_report_small():
+    layer = LayerReport("layer")
+    densities = [(i % 7) / 7 for i in range(5000)]
+    for i, density in enumerate(densities):
+        layer.sparse(torch.tensor(density), 10.0 + i, 0.0)
+        layer.timed(0.5)
+    kept = len(layer.densities)
+    assert kept < 2 * RECENT and layer.densities == pytest.approx(densities[-kept:])
+    assert layer.density == pytest.approx(sum(densities) / 5000)
+    kept_flops = sum(d * (10.0 + i) for i, d in enumerate(densities))
+    assert layer.flops == pytest.approx((kept_flops, sum(10.0 + i for i in range(5000))))
+    assert layer.seconds == pytest.approx(2500)
+    assert layer.sparse_calls == 5000 and len(layer._clock) < 2 * RECENT
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
