@@ -1,13 +1,12 @@
 """A tiny Wan pipeline in a folder, the demo around it, and a browser where there is one."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zoo
+from chromium import chromium
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
 
@@ -51,19 +50,6 @@ def address(house: House) -> Iterator[str]:
     blocks, where = serve(house, Place())
     yield where
     blocks.close(verbose=False)
-
-
-def chromium() -> str | None:
-    """A Chromium to drive: FASTDIFF_CHROMIUM, one on the path, or Playwright's own."""
-    named = os.environ.get("FASTDIFF_CHROMIUM")
-    found = named or shutil.which("chromium") or shutil.which("google-chrome")
-    if found:
-        return found
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        own = driver.chromium.executable_path
-    return own if Path(own).exists() else None
 
 
 @pytest.fixture(scope="session")
