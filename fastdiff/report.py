@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # calls of a layer that are remembered one by one; training goes on for longer than any run
 RECENT = 1024
 
@@ -52,10 +51,10 @@ class LayerReport:
 
     def _settle(self) -> None:
         """Add up the older calls, on the device they ran on."""
-        density = torch.stack(self._density[:RECENT]).double()
+        density = torch.stack(self._density[:RECENT]).float()
         pairs = self._pairs[:RECENT]
         self._older[0] += density.sum()
-        self._older[1] += density @ torch.tensor(pairs, dtype=torch.float64, device=density.device)
+        self._older[1] += density @ torch.tensor(pairs, dtype=torch.float32, device=density.device)
         self._older[2] += sum(pairs)
         del self._density[:RECENT], self._pairs[:RECENT]
 
@@ -64,7 +63,7 @@ class LayerReport:
         """Realised density over the sparse calls."""
         if not self._density:
             return 1.0
-        recent = torch.stack([d.double().cpu() for d in self._density]).sum()
+        recent = torch.stack([d.cpu().double() for d in self._density]).sum()
         return float(self._older[0] + recent.item()) / self.sparse_calls
 
     @property
