@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
 from fastdiff.kernels.block_pool import block_pool
+from fastdiff.kernels.block_sparse_attention import chosen
 from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.layout import Tiling, TokenLayout
 from fastdiff.method import check
@@ -25,6 +26,8 @@ from fastdiff.policies.routes import (
 
 FORMS = ("exact", "tiles")
 SELECT = ("top-k", "threshold")
+# scores held at a time, where heads can be taken one after the other
+GATES = 1 << 26
 # the paper's training-free settings (Table 4): 81 frames of 480x832 and of 720x1280
 PRESETS: dict[str, dict[str, Any]] = {
     "wan-480p": {"frames_chunk": 3, "plane_chunk": (5, 13), "box_chunk": (7, 5, 13),
@@ -163,12 +166,37 @@ class VMoBA(Policy):
         q, k, v = (permute_tokens(x, order) for x in (query, key, value))
         if terms.key_mask is not None:
             terms = terms._replace(key_mask=terms.key_mask[:, order])
+        heads, groups = q.shape[2], q.shape[2] // k.shape[2]
+        step = heads
+        if self.group != "overall" and (self.select_by == "top-k" or self.tau is not None):
+            # heads that share nothing need not be scored at once
+            scores = q.shape[0] * context.layout.grid_tokens * len(chunks.lengths)
+            step = max(1, GATES // scores // groups) * groups
+        parts, pairs = [], []
+        for begin in range(0, heads, step):
+            kv = slice(begin // groups, (begin + step) // groups)
+            part, kept = self._exact(
+                q[:, :, begin : begin + step], k[:, :, kv], v[:, :, kv], chunks, context, terms)
+            parts.append(part)
+            pairs.append(kept)
+        out = permute_tokens(torch.cat(parts, 2), chunks.tiles.inverse)
+        routed = torch.cat(pairs).mean() / context.layout.tokens**2
+        block = chunks.tiles.block
+        kernel = chosen(q, k, v, block_q=block, block_k=block, key_mask=terms.key_mask,
+                        impl=terms.impl)
+        return Attended(out, chunks.own.pairs + routed, kernel)
+
+    def _exact(
+        self, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks, context: Context,
+        terms: Terms,
+    ) -> tuple[Tensor, Tensor]:
+        """Output in tile order, and the routed pairs of each head, float32 [H]."""
         with torch.no_grad():
-            gate = _gate(q[:, chunks.grid].transpose(1, 2), chunk_means(k, chunks))
+            gate = _gate(query[:, chunks.grid].transpose(1, 2), chunk_means(key, chunks))
             route, others = self._route(gate, chunks.of_token, chunks, context)
-        out = routed_attention(q, k, v, chunks, route, terms, others)
-        routed = (route.sum(2).float().mean((0, 1)) @ chunks.sizes) / context.layout.tokens**2
-        return Attended(permute_tokens(out, chunks.tiles.inverse), chunks.own.pairs + routed)
+            del gate
+            pairs = route.sum(2).float().mean(0) @ chunks.sizes
+        return routed_attention(query, key, value, chunks, route, terms, others), pairs
 
     def _route(
         self, gate: Tensor, of_query: Tensor, chunks: Chunks, context: Context

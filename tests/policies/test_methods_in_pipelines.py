@@ -142,6 +142,17 @@ def test_window_that_does_not_fit_a_level_of_a_unet_is_an_error():
         zoo.call("sd15", pipe)
 
 
+@pytest.mark.parametrize("variant", ["vmoba", "neighborhood sliding", "bands"])
+def test_compiled_whole(variant, fresh_dynamo):
+    pipe = zoo.build("wan")
+    method, small = options("wan", variant)
+    pipe.enable_fastdiff(method, **small)
+    eager = zoo.call("wan", pipe)
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    assert torch.equal(zoo.call("wan", pipe), eager)
+    assert pipe.fastdiff.report.summary()["sparse_calls"] == CALLS["wan"]
+
+
 def test_report_names_what_computed_it(pairs):
     pipe, _ = pairs("wan")
     found = {variant: fast("wan", pipe, variant)[1].rows()[0]["implementation"]

@@ -426,13 +426,21 @@ def test_gradients_are_those_of_masked_dense(layer, select_by):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-def test_heads_in_parts_are_the_same(monkeypatch):
+@groups
+@pytest.mark.parametrize("options", [{}, {"select_by": "threshold", "tau": 0.3},
+                                     {"select_by": "threshold"}])
+def test_heads_in_parts_are_the_same(monkeypatch, group, options):
     import fastdiff.policies.routed as routed
+    import fastdiff.policies.vmoba as vmoba
 
     q, k, v = qkv(LAYOUT, heads=4, kv_heads=2)
-    whole, _ = run(VMoBA(), q, k, v, LAYOUT, 2)
+    policy = VMoBA(group=group, **options)
+    whole, density = run(policy, q, k, v, LAYOUT, 2)
     monkeypatch.setattr(routed, "GATHERED", 1)
-    near(run(VMoBA(), q, k, v, LAYOUT, 2)[0], whole)
+    monkeypatch.setattr(vmoba, "GATES", 1)
+    out, found = run(policy, q, k, v, LAYOUT, 2)
+    near(out, whole)
+    assert found == pytest.approx(density)
 
 
 @groups
