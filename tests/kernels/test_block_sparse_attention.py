@@ -188,5 +188,5 @@ def test_auto_on_the_cpu_is_torch():
     chosen, named = (block_sparse_attention(**args, impl=impl) for impl in ("auto", "torch"))
     torch.testing.assert_close(chosen, named, rtol=0, atol=0)
     reasons = implementations("cpu", torch.float32, 64)
-    assert list(reasons) == ["triton", "torch", "reference"] and reasons["torch"] == []
+    assert list(reasons) == ["gluon", "triton", "torch", "reference"] and reasons["torch"] == []
     assert probe("torch", "cpu") is None
