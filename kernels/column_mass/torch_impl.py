@@ -24,15 +24,16 @@ def run(query: Tensor, key: Tensor, bias: Tensor | None, *, scale: float) -> Ten
     k = expanded(key, H).to(precision).reshape(B * H, Sk, D)
     q = expanded(query, H).to(precision).reshape(B * H, Sq, D)
     if bias is not None:
-        bias = bias.reshape(B * H, Sq, 1)
+        bias = bias.reshape(B * H, 1, Sq)
     step = max(1, SCORES // max(1, B * H * Sk))
     total = None
     for begin in range(0, Sq, step):
         part = slice(begin, begin + step)
-        scores = torch.bmm(q[:, part] * scale, k.mT)
+        # keys in rows: sums along the last dimension are the fast ones
+        scores = torch.bmm(k, q[:, part].mT * scale)
         if bias is not None:
-            scores += bias[:, part]
-        found = scores.logsumexp(1)
+            scores += bias[:, :, part]
+        found = scores.logsumexp(-1)
         total = found if total is None else torch.logaddexp(total, found)
     assert total is not None
     return total.view(B, H, Sk)
