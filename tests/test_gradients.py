@@ -30,10 +30,10 @@ def enable(model, **changes):
     return fastdiff.enable(model, "tile-sparse", **zoo.small_options("wan", **changes))
 
 
-def learn(model):
+def learn(model, *args, **kwargs):
     """The output, and the gradients of its squared sum, by parameter name."""
     model.zero_grad()
-    out = model(**inputs())[0]
+    out = model(*args, **(kwargs or inputs()))[0]
     out.float().square().sum().backward()
     named = getattr(model, "_orig_mod", model).named_parameters()
     return out.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
@@ -53,6 +53,23 @@ def test_all_tiles_kept_gives_stock_gradients():
     assert_same(learn(model), stock)
     total = handle.report.summary()
     assert total["sparse_calls"] == 2 and not total["fallbacks"]
+
+
+@pytest.mark.parametrize("name", ["flux", "sd15", "sd3", "cogvideox"])
+def test_other_families(name):
+    pipe, calls = zoo.build(name), []
+    model = zoo.denoiser(pipe)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    zoo.call(name, pipe)
+    hook.remove()
+    args, kwargs = calls[0]
+    model.requires_grad_(True)
+    stock = learn(model, *args, **kwargs)
+    handle = fastdiff.enable(pipe, "tile-sparse", **zoo.small_options(name, density=1.0))
+    assert_same(learn(model, *args, **kwargs), stock)
+    total = handle.report.summary()
+    assert total["sparse_calls"] > 0 and not total["fallbacks"]
 
 
 @pytest.mark.parametrize("tail", [False, True])
