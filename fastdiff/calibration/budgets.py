@@ -14,6 +14,8 @@ from fastdiff.policies.calibrated import Calibration
 
 # densities at which each head is measured
 TRIED = (0.04, 0.08, 0.15, 0.22, 0.3, 0.4, 0.6, 1.0)
+# prompts whose runs say which parts matter
+JUDGES = 2
 # how a plan may share a density out
 SHARES = ("uniform", "layer", "head")
 
@@ -97,6 +99,11 @@ class BudgetSearch:
             self.ledger.merge(Ledger(**state))
         if not self.ledger.error:
             raise ValueError(nothing_sparse(self.base))
+        spread = max(float(d.mean(1).max() - d.mean(1).min()) for d in self.ledger.density.values())
+        if spread < 0.01:
+            raise ValueError(f"what {self.base.name} keeps does not depend on density with these "
+                             "options, so there is nothing to share out: leave out those that fix "
+                             "it, such as a window or top_k")
         self.begins = begins_of(sorted({step for step, _ in self.ledger.error}), self.ranges)
         cells = cells_of(self.ledger, self.begins)
         layers = sorted({layer for _, layer in cells})
@@ -107,8 +114,7 @@ class BudgetSearch:
                 at = 1 if kind == "layer" else 0
                 table = {cell: self.base.density if cell[at] == member else 1.0 for cell in cells}
                 policy = self._policy(table, bound)
-                # one prompt tells which parts matter
-                off = self.runs.error(policy, f"{kind}-{member}", range(1))
+                off = self.runs.error(policy, f"{kind}-{member}", JUDGES)
                 weight[kind, member] = off * off
         total = {kind: sum(w for (k, _), w in weight.items() if k == kind) or 1.0
                  for kind in ("layer", "range")}

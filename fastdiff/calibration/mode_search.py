@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.calibration.probe import Ledger, MassProbe, Probe
+from fastdiff.calibration.probe import NOTHING, STOCK, Ledger, MassProbe, Probe
 from fastdiff.calibration.ranges import begins_of, cells_of, filled, nothing_sparse, schedule
 from fastdiff.calibration.runs import Runs
 from fastdiff.layout import TokenLayout
@@ -194,7 +194,8 @@ class ModeSearch:
         def follow(context: Context, heads: int) -> list[int]:
             assert policy is not None
             modes = policy.modes_of(context, heads)
-            return [-2 if m == FULL else -1 if m == SKIP else CANDIDATES.index(m) for m in modes]
+            return [STOCK if m == FULL else NOTHING if m == SKIP else CANDIDATES.index(m)
+                    for m in modes]
 
         probe = Probe(**schedule(self.base), candidates=candidates, ledger=ledger,
                       follow=None if policy is None else follow)

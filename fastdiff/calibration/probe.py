@@ -14,6 +14,8 @@ from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.layout import TokenLayout, tiling
 from fastdiff.policies.base import Attended, Context, Policy, Terms
 
+# what a head may go on with besides a candidate
+STOCK, NOTHING = -2, -1
 # query rows of each call whose exact attention is added up for the stripes
 ROWS = 64
 
@@ -59,7 +61,8 @@ class Ledger:
 class Probe(Policy):
     """Runs dense and every candidate beside it; adds up errors; goes on with what `follow` says.
 
-    follow: (layer, step, heads) -> a number for each head: -2 stock, -1 nothing, else a candidate.
+    follow: (context, heads) -> for each head the number of a candidate, STOCK or NOTHING; None is
+    stock for all.
     """
 
     candidates: tuple[Policy, ...] = ()
@@ -70,21 +73,28 @@ class Probe(Policy):
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, terms: Terms
     ) -> Attended:
         stock = dense(query, key, value, terms)
-        found = [sparse(policy, query, key, value, context, terms) for policy in self.candidates]
-        wide = stock.double()
-        error = torch.stack([_by_head((out.double() - wide).square()) for out, _ in found])
+        heads, wide = query.shape[2], stock.float()
+        chosen = [STOCK] * heads if self.follow is None else self.follow(context, heads)
+        out = stock.clone()
+        errors, densities = [], []
+        # one candidate at a time: at full size each output is large
+        for number, policy in enumerate(self.candidates):
+            found, density = sparse(policy, query, key, value, context, terms)
+            errors.append(_by_head((found.float() - wide).square_()))
+            densities.append(density)
+            for head, choice in enumerate(chosen):
+                if choice == number:
+                    out[:, :, head] = found[:, :, head]
+        for head, choice in enumerate(chosen):
+            if choice == NOTHING:
+                out[:, :, head] = 0
+        energy = _by_head(wide.square())
         self.ledger.add(
-            context.clock.step or 0, context.layer, [query.shape[2], *context.layout.grid],
-            error.cpu(), _by_head(wide.square()).cpu(), wide.numel() / query.shape[2],
-            torch.stack([density for _, density in found]).double().cpu(),
+            context.clock.step or 0, context.layer, [heads, *context.layout.grid],
+            torch.stack(errors).double().cpu(), energy.double().cpu(), wide.numel() / heads,
+            torch.stack(densities).double().cpu(),
         )
-        out, one = stock, torch.ones((), device=query.device)
-        if self.follow is not None:
-            out = torch.zeros_like(stock)
-            for head, number in enumerate(self.follow(context, query.shape[2])):
-                if number != -1:
-                    source = stock if number == -2 else found[number][0]
-                    out[:, :, head] = source[:, :, head]
+        one = torch.ones((), device=query.device)
         return Attended(out, one, "probe")
 
 
@@ -138,6 +148,9 @@ def sparse(
     policy: Policy, query: Tensor, key: Tensor, value: Tensor, context: Context, terms: Terms
 ) -> tuple[Tensor, Tensor]:
     """What `policy` would compute here, [B, S, H, D], and the density of each head, [H]."""
+    attended = policy.attend(query, key, value, context, terms)
+    if attended is not None:
+        return attended.output, attended.density.expand(query.shape[2])
     tiles = policy.tiles(context.layout, query, context)
     q, k, v = (permute_tokens(x, tiles.order) for x in (query, key, value))
     mask = policy.select(q, k, tiles, context)

@@ -1,6 +1,7 @@
 """Runs: the generations of a search, and how near one is to stock."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +68,23 @@ class Runs:
                  for i in range(len(self.prompts))]
         return sum(found) / len(found)
 
-    def error(self, method: Method, name: str, numbers: range | None = None) -> float:
-        """Relative error (L2) of the last latents to stock, over the prompts."""
+    def error(self, method: Method, name: str, prompts: int | None = None) -> float:
+        """Relative error (L2) of the last latents to stock, over the first so many prompts."""
+        found = self._errors(method, name, prompts)
+        return (sum(e for e, _ in found) / max(1e-30, sum(s for _, s in found))) ** 0.5
+
+    def decibels(self, method: Method, name: str) -> list[float]:
+        """Signal to error of the last latents, in dB, of each prompt."""
+        found = self._errors(method, name, None)
+        return [min(MOST_PSNR, 10 * math.log10(max(s, 1e-30) / max(e, 1e-30))) for e, s in found]
+
+    def _errors(
+        self, method: Method, name: str, prompts: int | None
+    ) -> list[tuple[float, float]]:
         def one(number: int) -> tuple[float, float]:
             stock = self.stock(number, "latent")
             off = self.generate(number, method, name, "latent") - stock
             return float(off.square().sum()), float(stock.square().sum())
 
-        numbers = numbers or range(len(self.prompts))
-        found = [self.work.part(f"error-{name}-{i}", lambda i=i: one(i)) for i in numbers]
-        return (sum(e for e, _ in found) / max(1e-30, sum(s for _, s in found))) ** 0.5
+        numbers = range(min(prompts or len(self.prompts), len(self.prompts)))
+        return [self.work.part(f"error-{name}-{i}", lambda i=i: one(i)) for i in numbers]

@@ -1,6 +1,7 @@
 """calibrate: a plan for a density, or for a quality found by bisection over the density."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,23 +110,30 @@ class _Budgets:
         self._measured = False
 
     def at(self, density: float) -> Policy:
-        """The best way of sharing this density out, by real runs; never worse than uniform."""
+        """The best way of sharing this density out, by real runs.
+
+        Uniform, unless another gains more than the standard error of its gain over the prompts:
+        single clips differ by several dB for reasons that no plan controls.
+        """
         if not self._measured:
             self.search.measure(self._bound)
             self._measured = True
-        best: tuple[float, Policy] | None = None
-        errors: dict[str, float] = {}
-        for share in SHARES:
-            policy = self.search.plan(density, share, self._bound)
-            errors[share] = self.runs.error(policy, f"{share}-{density:.4f}")
-            self.tell(f"density {density:.3f} {share}: relative error {errors[share]:.4f}")
-            if best is None or errors[share] < best[0]:
-                best = errors[share], policy
-        assert best is not None
+        plans = {share: self.search.plan(density, share, self._bound) for share in SHARES}
+        near = {share: self.runs.decibels(plan, f"{share}-{density:.4f}")
+                for share, plan in plans.items()}
+        best, most = SHARES[0], 0.0
+        for share, each in near.items():
+            gains = [a - b for a, b in zip(each, near[SHARES[0]], strict=True)]
+            gain = sum(gains) / len(gains)
+            doubt = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+            self.tell(f"density {density:.3f} {share}: {sum(each) / len(each):.2f} dB, "
+                      f"{gain:+.2f} ± {doubt:.2f} to uniform")
+            if gain > max(most, doubt):
+                best, most = share, gain
         cells = cells_of(self.search.ledger, self.search.begins)
-        told = {"density": round(mean_density(best[1], cells), 4),
-                "relative_error": {k: round(v, 5) for k, v in errors.items()}}
-        return with_found(best[1], told)
+        told = {"density": round(mean_density(plans[best], cells), 4),
+                "latents_db": {k: round(sum(v) / len(v), 3) for k, v in near.items()}}
+        return with_found(plans[best], told)
 
 
 def _bisect(
