@@ -143,17 +143,12 @@ def cpu_attention(result: dict) -> list[str]:
 
 
 def ability(result: dict) -> list[str]:
-    judge = result["training"]["figures"]["classifier"]
-    rows = [[kind, str(result[kind]["samples"]), *(
-        f"{result[kind][k]:.1%}" if k in result[kind] else "" for k in
-        ("object_top1", "colour", "pattern", "place", "direction"))]
-        for kind in ("pictures", "clips")]
-    heads = ["", "samples", "object", "background colour", "pattern", "position", "direction"]
-    own = (f"Judge's own accuracy on {judge['renders']} fresh renders: object "
-           f"{judge['object']:.1%}, colour {judge['colour']:.1%}.")
-    return [*table(heads, rows), "", f"{own} {result['steps']} steps, guidance "
-            f"{result['guidance']:g}, prompts of pairs never seen in training. "
-            f"{_where(result, '')}"]
+    rows = [[row["kind"], str(row["samples"]), *(
+        f"{row[k]:.1%}" if k in row else "" for k in ("object", "colour", "pattern", "direction"))]
+        for row in result["rows"]]
+    heads = ["", "samples", "object", "background colour", "pattern", "direction"]
+    return [*table(heads, rows), "",
+            _where(result, "prompts of pairs never seen in training, the model's own settings")]
 
 
 def batch(result: dict) -> list[str]:
@@ -249,8 +244,9 @@ def _where(result: dict, what: str) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
-    "quality": ("tiny_video_quality_cpu.json", quality),
+    "quality": ("tiny_video_quality_cuda.json", quality),
     "forward-cpu": ("tiny_video_forward_cpu.json", forward),
+    "forward-cuda": ("tiny_video_forward_cuda.json", forward),
     "denoiser": ("denoiser_cuda.json", denoiser),
     "kernels": ("kernels_cuda.json", kernels),
     "kernel-cases": ("kernel_cases_cuda.json", kernel_cases),

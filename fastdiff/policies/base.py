@@ -14,8 +14,8 @@ from fastdiff.method import check as _check
 from fastdiff.policies.calibrated import Calibration
 
 # measured: docs/break-even.md
-MIN_TOKENS = {"cpu": 2048, "cuda": 12288}
-MAX_DENSITY = {"cpu": 0.3, "cuda": 0.4}
+MIN_TOKENS = {"cpu": 2048, "cuda": 8192}
+MAX_DENSITY = {"cpu": 0.3, "cuda": 0.6}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Policy(Method):
             sink = int(layout.grid[0] * self.density >= 4)
         if self.tile is not None:
             return tiling(layout, self.tile, sink, query.device)
-        size = 128 if query.is_cuda and layout.tokens >= 16384 else 64
+        size = 128 if query.is_cuda and layout.tokens >= 8192 else 64
         return even_blocks(layout, size, sink, query.device)
 
     def stays_dense(self, layout: TokenLayout, device: str, context: Context) -> str | None:
@@ -164,10 +164,10 @@ class Policy(Method):
             return "dense layer"
         if clock.step is not None and clock.step < self._dense_steps(clock.steps):
             return "dense step"
-        least = MIN_TOKENS.get(device, 12288) if self.min_tokens is None else self.min_tokens
+        least = MIN_TOKENS.get(device, 8192) if self.min_tokens is None else self.min_tokens
         if layout.tokens < least:
             return f"fewer than min_tokens={least} tokens"
-        most = MAX_DENSITY.get(device, 0.4) if self.max_density is None else self.max_density
+        most = MAX_DENSITY.get(device, 0.6) if self.max_density is None else self.max_density
         if self.density > most:
             return f"density {self.density:g} is above the break-even {most:g}"
         return None

@@ -45,7 +45,7 @@ def blocks_of(
 
 def block_size(layout: TokenLayout, query: Tensor) -> int:
     """Tokens of a block that suit the kernel: 64, or 128 on a GPU for long sequences."""
-    return 128 if query.is_cuda and layout.tokens >= 16384 else 64
+    return 128 if query.is_cuda and layout.tokens >= 8192 else 64
 
 
 def axis_product(frames: Tensor, height: Tensor, width: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class SparseVDiT(Policy):
 
     def tile_of(self, layout: TokenLayout, gpu: bool) -> Grid:
         """Tiles of 64 tokens within a frame, of 128 on a GPU for long sequences."""
-        size = 128 if gpu and layout.tokens >= 16384 else 64
+        size = 128 if gpu and layout.tokens >= 8192 else 64
         return self.tile or auto_tile((1, *layout.grid[1:]), size)
 
     def patterns(self, layout: TokenLayout, tile: Grid, device: torch.device) -> Patterns:
