@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from fastdiff.kernels.availability import triton_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIM = 1024
 
 
 def not_supported_reasons(x: Tensor) -> list[str]:
-    if not installed():
-        return ["triton is not installed"]
-    reasons = []
+    reasons = triton_reasons(x.device)
     if x.dtype not in DTYPES:
         reasons.append(f"dtype {x.dtype} is not one of {DTYPES}")
     if x.shape[-1] > HEAD_DIM:
         reasons.append(f"head_dim {x.shape[-1]} is above {HEAD_DIM}")
     if x.stride(-1) != 1:
         reasons.append(f"the last dimension is not contiguous, strides {x.stride()}")
-    if x.device.type != "cuda" and not (
-        x.device.type == "cpu" and _interpreter_asked() and interpreting()
-    ):
-        reasons.append(f"device {x.device} is not cuda, nor cpu under TRITON_INTERPRET=1")
     return reasons
-
-
-@functools.cache
-def installed() -> bool:
-    # asked at every call, and a look through the import path costs more than a launch
-    return find_spec("triton") is not None
-
-
-def _interpreter_asked() -> bool:
-    # spares a CPU without the interpreter the import of triton
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-@functools.cache
-def interpreting() -> bool:
-    from .triton_kernel import block_pool_fwd_kernel
-
-    return type(block_pool_fwd_kernel).__name__ == "InterpretedFunction"
 
 
 def run(x: Tensor, offsets: Tensor, *, block: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

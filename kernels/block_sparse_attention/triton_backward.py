@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .triton_impl import interpreting
+from fastdiff.kernels.availability import interpreting
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 QUERY_CONFIGS = {

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.availability import interpreting, triton_reasons
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 256)
-CAPABILITY = (8, 0)
 # programs that are enough to fill a GPU; more only add partial states
 PROGRAMS = 512
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = []
-    if not installed():
-        return ["triton is not installed"]
+    reasons = triton_reasons(device)
     if dtype not in DTYPES:
         reasons.append(f"dtype {dtype} is not one of {DTYPES}")
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
         reasons.append(f"head_dim {head_dim} is outside {HEAD_DIMS}")
-    if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
-            reasons.append(f"compute capability is below {CAPABILITY}")
-    elif device.type != "cpu" or not _interpreter_asked() or not interpreting():
-        reasons.append(f"device {device} is neither a GPU nor a CPU under TRITON_INTERPRET=1")
     return reasons
-
-
-@functools.cache
-def installed() -> bool:
-    # asked at every call, and a look through the import path costs more than a launch
-    return find_spec("triton") is not None
-
-
-def _interpreter_asked() -> bool:
-    # spares a CPU without the interpreter the import of triton
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-@functools.cache
-def interpreting() -> bool:
-    """Whether triton runs kernels as Python; decided when triton is first imported."""
-    from .triton_kernel import linear_state_kernel
-
-    return type(linear_state_kernel).__name__ == "InterpretedFunction"
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> Tensor:
