@@ -67,6 +67,8 @@ CSS = """
 .fd-legend { display: flex; gap: 18px; flex-wrap: wrap; font-size: 13px; align-items: center }
 .fd-legend i { display: inline-block; width: 13px; height: 13px; border-radius: 3px;
   margin-right: 6px; vertical-align: -2px }
+#history-gallery .grid-container { grid-template-columns: repeat(auto-fill, 168px) !important }
+#history-gallery .thumbnail-item { aspect-ratio: 1 !important }
 footer { display: none !important }
 """
 

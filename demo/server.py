@@ -12,6 +12,8 @@ from typing import Any
 
 # read when gradio is imported: no statistics, no look for a newer version
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# newer ones keep a history that can be sent to the hub; ours stays here
+os.environ["GRADIO_RUN_HISTORY"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OTEL_SDK_DISABLED"] = "true"
 
@@ -67,7 +69,7 @@ def serve(house: House, place: Place) -> tuple[gr.Blocks, str]:
         _, address, _ = blocks.launch(
             server_name=place.host, server_port=place.port, auth=place.auth(), share=False,
             prevent_thread_lock=True, quiet=True, show_error=False, inbrowser=False,
-            footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False,
+            footer_links=[], enable_monitoring=False, mcp_server=False,
             ssr_mode=False, pwa=False, max_file_size=UPLOAD, allowed_paths=[], theme=look.theme(),
             css=look.CSS, head=look.HEAD, state_session_capacity=1000,
             # skips gradio's look at its own page, which a busy machine fails within its 3 seconds

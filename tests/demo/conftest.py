@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import zoo
 from chromium import chromium
+from demo_cases import DEFAULTS
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
 
@@ -14,14 +15,6 @@ from fastdiff.demo.house import House
 from fastdiff.demo.limits import Limits
 from fastdiff.demo.render import Renderer
 from fastdiff.demo.server import Place, serve
-
-DEFAULTS = {
-    "kind": ["video", "image"], "height": 32, "width": 48, "frames": 5, "fps": 8, "steps": 2,
-    "guidance": 4.0, "max_sequence_length": zoo.TEXT, "multiple": 16, "frames_rule": "4n+1",
-}
-# with these, attention really is sparse at this size
-SPARSE = {"dense_steps": 0, "min_tokens": 1, "tile": (1, 1, 2), "density": 0.4, "max_density": 1.0,
-          "sink": 0}
 
 
 @pytest.fixture(scope="session")

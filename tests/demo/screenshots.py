@@ -21,15 +21,18 @@ def number(page: Page, name: str, value: int) -> None:
 def keep(page: Page, name: str) -> None:
     page.wait_for_timeout(1500)
     picture = Image.open(io.BytesIO(page.screenshot()))
-    picture.quantize(192, method=Image.Quantize.MEDIANCUT).save(
+    picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(
         HOME / f"demo-{name}.png", optimize=True)
 
 
 def image(page: Page) -> None:
-    page.fill("#image-prompt textarea", "a green frog on a striped yellow background")
     page.click("#image-go")
     page.wait_for_selector("#image-live:has-text('Done in')")
     keep(page, "image")
+    page.fill("#image-prompt textarea", "a penguin on a dotted green background")
+    page.click("#image-go")
+    page.wait_for_selector("#image-code:has-text('penguin'), #image-live:has-text('step')")
+    page.wait_for_selector("#image-live:has-text('Done in')")
     page.get_by_role("tab", name="History").click()
     page.locator("#history-gallery button img").first.click()
     keep(page, "history")
@@ -40,17 +43,20 @@ def video(page: Page) -> None:
     number(page, "video-steps", 8)
     page.click("#video-go")
     page.wait_for_selector("#video-live:has-text('step 5 of')")
+    page.evaluate("window.scrollTo(0, 0)")
     keep(page, "live")
     page.wait_for_selector("#video-live:has-text('Done in')")
     page.wait_for_selector("#video-fast video")
     page.locator(".fd-play button").first.click()
     page.wait_for_timeout(900)
     page.locator(".fd-play button").first.click()
+    page.evaluate("window.scrollTo(0, 0)")
     keep(page, "video")
 
 
 def masks(page: Page) -> None:
     page.get_by_role("tab", name="Masks").click()
+    page.set_viewport_size({"width": 1440, "height": 1080})
     page.locator("#masks-kind").get_by_label("image").check()
     page.fill("#masks-prompt textarea", "a green frog on a striped yellow background")
     page.click("#method-tile-sparse button")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE
+from demo_cases import SPARSE
 from PIL import Image
 from typer.testing import CliRunner
 

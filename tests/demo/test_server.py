@@ -39,11 +39,16 @@ def connect(address: str, **more: Any) -> Client:
                   httpx_kwargs={"timeout": 120}, **more)
 
 
+def fields(client: Client, api: str) -> list[dict[str, Any]]:
+    """What the page would send: labels and defaults."""
+    known: Any = client.view_api(print_info=False, return_format="dict")
+    return known["named_endpoints"][api]["parameters"]
+
+
 def send(client: Client, api: str, **by_label: Any) -> Any:
     """Start an event with the page's own defaults, some replaced by their label."""
-    known = client.view_api(print_info=False, return_format="dict")["named_endpoints"][api]
     values = []
-    for parameter in known["parameters"]:
+    for parameter in fields(client, api):
         label = parameter["label"].partition(",")[0].replace(" ", "_").lower()
         values.append(by_label.pop(label, parameter.get("parameter_default")))
     assert not by_label, by_label
@@ -102,9 +107,8 @@ def test_stock_alone(client):
 def test_a_bad_setting_is_a_sentence_and_the_server_lives(client, house, bad, words):
     if "tile" in bad or "density" in bad:
         # several methods have the knob: all are sent, the chosen one's is read
-        known = client.view_api(print_info=False, return_format="dict")
-        parameters = known["named_endpoints"]["/image"]["parameters"]
-        values = [bad.get(p["label"], p.get("parameter_default")) for p in parameters]
+        values = [bad.get(p["label"], p.get("parameter_default"))
+                  for p in fields(client, "/image")]
         values[0] = "a cat"
         outputs = client.submit(*values, api_name="/image").result(timeout=60)
         live = text(outputs[0])
