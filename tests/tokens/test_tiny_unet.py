@@ -37,7 +37,7 @@ def test_the_settings_make_a_unet_in_sdxl_form():
     assert not any(name.startswith("down_blocks.0") for name in blocks)
     assert blocks["down_blocks.1.attentions.0"] == 2
     assert blocks["down_blocks.2.attentions.0"] == blocks["mid_block.attentions.0"] == 4
-    assert sum(p.numel() for p in unet.parameters()) < 15e6
+    assert sum(p.numel() for p in unet.parameters()) < 10e6
 
 
 def test_the_exported_folder_is_a_pipeline_that_prunes(toy):
@@ -79,7 +79,7 @@ def test_distillation_reaches_every_weight_of_the_layers(toy):
     inputs = torch.randn(1, 16, 16, 16), torch.tensor([5]), torch.randn(1, 7, 32)
     teacher(*inputs)
     student(*inputs)
-    loss = sum((found[n] - wanted[n]).square().mean() for n in names)
+    loss = torch.stack([(found[n] - wanted[n]).square().mean() for n in names]).sum()
     assert not any(x.requires_grad for x in wanted.values())
     loss.backward()
     for place, layer in layers.items():
