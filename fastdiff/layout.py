@@ -82,7 +82,7 @@ def auto_tile(grid: Grid, tokens_per_tile: int) -> Grid:
 
 @lru_cache(maxsize=64)
 def even_blocks(layout: TokenLayout, block: int, lead: int, device: torch.device) -> Tiling:
-    """Cut `layout` into blocks of exactly `block` tokens, box-like in space-time; the last is short.
+    """Cut `layout` into blocks of `block` tokens, box-like in space-time; only the last is short.
 
     Text comes first, then the `lead` frames, then the rest of the grid, halved again and again
     across its longest side. Tiles of a fixed shape would leave border tiles half empty: 31 % of
