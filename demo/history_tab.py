@@ -1,6 +1,5 @@
 """The history tab: the last results of this page, with their settings and files."""
 
-from datetime import datetime
 from typing import Any
 
 import gradio as gr
@@ -20,8 +19,8 @@ class HistoryTab:
 
     def __init__(self, house: House, bar: SettingsBar, tab: gr.Tab) -> None:
         self._house, self._bar = house, bar
-        self.none = gr.HTML(live.note("Nothing yet: results of this page appear here."))
-        self.gallery = gr.Gallery(label="Last results, the newest first", columns=6, height=220,
+        self.none = gr.HTML(live.note("Nothing yet: the last results of this page appear here, the newest first."))
+        self.gallery = gr.Gallery(show_label=False, columns=6, height="auto",
                                   object_fit="contain", rows=1,
                                   interactive=False, visible=False, allow_preview=False,
                                   format="png", elem_id="history-gallery")
@@ -74,6 +73,5 @@ class HistoryTab:
 
 def caption(entry: Entry) -> str:
     """One line about a result."""
-    when = datetime.fromtimestamp(entry.made).strftime("%H:%M")
-    speed = "" if entry.facts is None else f" · {entry.facts['speedup']:.2f}×"
-    return f"{when} · {entry.record['method']}{speed} · {entry.wish.prompt[:32]}"
+    speed = "" if entry.facts is None else f"{entry.facts['speedup']:.2f}× "
+    return f"{speed}{entry.record['method']} · {entry.wish.prompt[:32]}"

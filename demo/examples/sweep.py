@@ -54,8 +54,9 @@ def main() -> None:
 
     lost, saved = defaultdict(list), defaultdict(list)
     each = 1 + len(args.densities)
+    results = [path for path in outcome.results if path is not None]
     for begin in range(0, len(jobs), each):
-        stock, *fast = outcome.results[begin: begin + each]
+        stock, *fast = results[begin: begin + each]
         for density, path in zip(args.densities, fast, strict=True):
             report = json.loads(Path(f"{path}.json").read_text())["report"]
             lost[density].append(psnr(stock, path))

@@ -21,8 +21,7 @@ def number(page: Page, name: str, value: int) -> None:
 def keep(page: Page, name: str) -> None:
     page.wait_for_timeout(1500)
     picture = Image.open(io.BytesIO(page.screenshot()))
-    picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(
-        HOME / f"demo-{name}.png", optimize=True)
+    picture.convert("RGB").save(HOME / f"demo-{name}.png", optimize=True)
 
 
 def image(page: Page) -> None:
