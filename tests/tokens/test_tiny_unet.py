@@ -2,6 +2,7 @@
 
 # diffusers exports its classes lazily and annotates arguments narrowly; no type is checked here
 # pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import tomllib
 from pathlib import Path
