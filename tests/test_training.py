@@ -1,5 +1,8 @@
 """The training code: sign of motion, captions, tokenizer, and equality with the stock modules."""
 
+# diffusers annotates what its models return as a union
+# pyright: basic, reportAttributeAccessIssue=false
+
 import random
 import sys
 from pathlib import Path
