@@ -34,7 +34,7 @@ from fastdiff.tokens.kv_downsample import KVDownsample  # noqa: E402
 from fastdiff.tokens.linfusion import LinFusion  # noqa: E402
 from fastdiff.tokens.linfusion_format import LinearLayer, places, write  # noqa: E402
 from fastdiff.tokens.query_skip import QuerySkip  # noqa: E402
-from fastdiff.tokens.rank import best, rows, stand_ins  # noqa: E402
+from fastdiff.tokens.rank import parted, rows, stand_ins  # noqa: E402
 from fastdiff.tokens.tome import ToMe  # noqa: E402
 from fastdiff.tokens.zero_tprune import ZeroTPrune  # noqa: E402
 
@@ -229,14 +229,15 @@ def overhead(edge: int, dtype: torch.dtype, device: str, tiny: bool) -> list[dic
         states = torch.randn(2, tokens, width, device=device).to(dtype)
         lse = row_lse(q, k)
         score = column_mass(q, k, lse)
-        kept = best(score.exp().mean(1), count)
-        place = stand_ins(q, k, kept)
+        kept, dropped = parted(score.exp().mean(1), count)
+        place = stand_ins(q, k, kept, None, dropped)
         fewer = rows(states, kept)
         parts: dict[str, Callable[[], Any]] = {
             "rank: softmax denominators": lambda q=q, k=k: row_lse(q, k),
             "rank: column mass": lambda q=q, k=k, lse=lse: column_mass(q, k, lse),
-            "rank: order": lambda score=score, count=count: best(score.exp().mean(1), count),
-            "rank: stand-ins": lambda q=q, k=k, kept=kept: stand_ins(q, k, kept),
+            "rank: order": lambda score=score, count=count: parted(score.exp().mean(1), count),
+            "rank: stand-ins": lambda q=q, k=k, kept=kept, dropped=dropped: stand_ins(
+                q, k, kept, None, dropped),
             "rank: all of it": lambda q=q, k=k, n=count: rank_by_attention(q, k, None, n, 1, 1),
             "gather": lambda states=states, kept=kept: rows(states, kept),
             "recover": lambda fewer=fewer, place=place: rows(fewer, place),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdiff.method import check
 from fastdiff.tokens.prune import Pruner
-from fastdiff.tokens.rank import aligned, best, page_rank, stand_ins
+from fastdiff.tokens.rank import aligned, page_rank, parted, stand_ins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ def rank_by_attention(
 ) -> tuple[Tensor, Tensor]:
     """Kept positions [B, count] and everyone's stand-in [B, S]; query, key: [B, S, H, D]."""
     score = aligned(page_rank(query, key, iterations, scale).mean(1), branches)
-    kept = best(score, count)
-    return kept, stand_ins(query, key, kept, scale)
+    kept, dropped = parted(score, count)
+    return kept, stand_ins(query, key, kept, scale, dropped)
 
 
 @rank_by_attention.register_fake

@@ -41,8 +41,13 @@ def aligned(score: Tensor, branches: int) -> Tensor:
 
 def best(score: Tensor, count: int) -> Tensor:
     """Positions of the `count` highest of [B, S], ascending, int64 [B, count]; ties: the first."""
+    return parted(score, count)[0]
+
+
+def parted(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`best`, and all other positions, in no order that means anything."""
     order = score.argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(dim=1).values
+    return order[:, :count].sort(dim=1).values, order[:, count:]
 
 
 def rest_of(kept: Tensor, tokens: int) -> Tensor:
@@ -53,17 +58,20 @@ def rest_of(kept: Tensor, tokens: int) -> Tensor:
     return order[:, : tokens - kept.shape[1]]
 
 
-def stand_ins(query: Tensor, key: Tensor, kept: Tensor, scale: float | None = None) -> Tensor:
+def stand_ins(
+    query: Tensor, key: Tensor, kept: Tensor, scale: float | None = None,
+    dropped: Tensor | None = None,
+) -> Tensor:
     """For every token the place in `kept` of the token that stands in for it, int64 [B, S].
 
     A kept token stands in for itself. A dropped one is represented by the kept token that it
     attends to most: the highest product of probabilities over the heads, which is the highest sum
     of their logits, since a row's softmax denominators are the same for all columns.
-    query, key: [B, S, H, D]; kept: int64 [B, K], ascending.
+    query, key: [B, S, H, D]; kept: int64 [B, K]; dropped: the other positions, where known.
     """
     batch, tokens = query.shape[:2]
     scale = float(scale or query.shape[-1] ** -0.5)
-    dropped = rest_of(kept, tokens)
+    dropped = rest_of(kept, tokens) if dropped is None else dropped
     q, k = rows(query.flatten(2), dropped).mul_(scale), rows(key.flatten(2), kept)
     step = max(1, PAIRS // max(1, batch * kept.shape[1]))
     nearest = [torch.bmm(part, k.mT).argmax(-1) for part in q.split(step, dim=1)]
