@@ -21,7 +21,7 @@ class HistoryTab:
         self._house, self._bar = house, bar
         self.none = gr.HTML(live.note("Nothing yet: the last results of this page appear here, the "
                                       "newest first."))
-        self.gallery = gr.Gallery(show_label=False, columns=6, height="auto",
+        self.gallery = gr.Gallery(show_label=False, columns=6, height=200,
                                   object_fit="contain", rows=1,
                                   interactive=False, visible=False, allow_preview=False,
                                   format="png", elem_id="history-gallery")

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/guide-demo.md: `python tests/demo/screenshots.py`, a few minutes."""
+"""Take the pictures of docs/guide-demo.md: `python tests/demo/screenshots.py [image|video|masks]`."""
 
 import io
 import subprocess
@@ -84,8 +84,9 @@ def main() -> None:
             page.set_default_timeout(WAIT)
             page.goto(address)
             page.wait_for_selector("#preset")
-            for take in [image, video, masks]:
-                take(page)
+            takes = {"image": image, "video": video, "masks": masks}
+            for name in sys.argv[1:] or takes:
+                takes[name](page)
             browser.close()
     finally:
         server.terminate()
