@@ -1,4 +1,4 @@
-"""Take the pictures of docs/guide-demo.md: `python tests/demo/screenshots.py [image|video|masks]`."""
+"""Pictures of docs/guide-demo.md: `python tests/demo/screenshots.py [image|video|masks]`."""
 
 import io
 import subprocess
