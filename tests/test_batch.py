@@ -1,5 +1,6 @@
 """`fastdiff batch`: what it accepts, what it refuses and how, what it writes."""
 
+import functools
 import json
 import os
 import re
@@ -388,8 +389,10 @@ def test_ctrl_c_and_sigterm_leave_no_half_file(wan, tmp_path):
                    "steps=300", "--grid", "seed=1,2,3,4,5,6", "--batch-size", "1", "--quiet")
     for number in (signal.SIGINT, signal.SIGTERM):
         done = len(list(out.glob("*.png")))
+        # a shell's background jobs ignore the signal, and so would their children
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         run = subprocess.Popen(words, env=_environment(), stderr=subprocess.PIPE, text=True,
-                               stdout=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL, preexec_fn=listen)
         _wait(lambda done=done: len(list(out.glob("*.png"))) > done or None)
         run.send_signal(number)
         error = run.communicate(timeout=60)[1]

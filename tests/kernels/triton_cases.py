@@ -125,14 +125,3 @@ def test_tile_select(dtype, case):
         assert torch.equal(found.counts, found.keep.sum(-1).int())
         length = offsets.diff().long()
         assert found.pairs == ((found.keep * length).sum(-1) * length).sum()
-
-
-@pytest.mark.skipif(not GPU or bool(implementations(DEVICE, torch.float16, 64)["gluon"]),
-                    reason="no Hopper GPU")
-@pytest.mark.parametrize("case", [
-    Case(2, 4, 2, 517, 900, dim, block_q, block_k, dtype, ragged, False, tail, seed=dim)
-    for dim in (64, 80, 128) for dtype in DTYPES[1:] for ragged in (False, True)
-    for tail in (False, True) for block_q, block_k in ((128, 128), (128, 32), (97, 117))
-], ids=repr)
-def test_gluon(case):
-    check(case.build(DEVICE), "gluon")
