@@ -7,9 +7,7 @@ E is the best dense time, times the density, over the sparse time.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import record  # noqa: E402
 from dense_kernels import dense_kernel, kernels  # noqa: E402
+from timing import Run, clocks, host_microseconds, interleaved  # noqa: E402
 
 from fastdiff.kernels.block_sparse_attention import (  # noqa: E402
     block_sparse_attention,
@@ -29,8 +28,6 @@ from fastdiff.kernels.block_sparse_attention import (  # noqa: E402
 )
 from fastdiff.kernels.tile_gather import tile_gather  # noqa: E402
 from fastdiff.kernels.tile_select import tile_select  # noqa: E402
-
-Run = Callable[[], Any]
 
 
 class Shape(NamedTuple):
@@ -179,47 +176,6 @@ def flex(q: Any, k: Any, v: Any, indices: Any, counts: Any) -> Run:
     return lambda: compiled(*heads, block_mask=mask)
 
 
-def interleaved(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of a call of every candidate. Each round, each is called for about 20 ms in a row:
-    the device then never waits for the host, unless the host is what is slow."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    timed = _timed_cuda if device == "cuda" else _timed_cpu
-    calls = {name: max(1, min(50, round(0.02 / timed(run, 1)))) for name, run in runs.items()}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            found[name].append(timed(run, calls[name]))
-    return found
-
-
-def _timed_cuda(run: Run, calls: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
-
-
-def _timed_cpu(run: Run, calls: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
-
-
-def host_microseconds(run: Run, calls: int = 100) -> float:
-    """Time of the host for one call, the device working behind."""
-    run()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    spent = time.perf_counter() - begin
-    torch.cuda.synchronize()
-    return spent / calls * 1e6
-
-
 def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[dict[str, Any]]:
     runs, density = candidates(shape, device, impls)
     base = {**shape._asdict(), "density": density}
@@ -247,15 +203,6 @@ def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[di
             row["host_microseconds"] = host_microseconds(working[name])
         rows.append(row)
     return rows
-
-
-def clocks() -> str | None:
-    """Clock and power of the card now, as its driver tells them."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def told(row: dict[str, Any]) -> str:

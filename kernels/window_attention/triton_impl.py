@@ -1,0 +1,80 @@
+"""Window attention as one plain Triton kernel, in raster order, with pointer loads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.availability import interpreting, triton_reasons
+
+from .geometry import Window, boxes, table
+from .text import fill_text
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 256)
+
+# (padded head dim, 4-byte input) -> BM, BN, warps, stages
+CONFIGS = {
+    (64, False): (64, 64, 4, 3),
+    (128, False): (64, 64, 4, 3),
+    (256, False): (128, 32, 8, 2),
+    (64, True): (64, 32, 4, 2),
+    (128, True): (64, 16, 4, 2),
+    (256, True): (64, 16, 4, 1),
+}
+
+
+def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    reasons = triton_reasons(query.device)
+    if query.dtype not in DTYPES:
+        reasons.append(f"dtype {query.dtype} is not one of {DTYPES}")
+    if not HEAD_DIMS[0] <= query.shape[-1] <= HEAD_DIMS[1]:
+        reasons.append(f"head_dim {query.shape[-1]} is outside {HEAD_DIMS}")
+    return reasons
+
+
+def run(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, *, before: int,
+    key_mask: Tensor | None, scale: float,
+) -> Tensor:
+    """One program per (batch, head, box of queries), heads outermost so that K, V stay in L2."""
+    from .triton_kernel import window_attention_fwd_kernel
+
+    B, S, H, D = query.shape
+    output = torch.empty(B, S, H, D, dtype=query.dtype, device=query.device)
+    if output.numel() == 0:
+        return output
+    fill_text(output, query, key, value, before=before, grid_tokens=window.tokens,
+              key_mask=key_mask, scale=scale)
+    args, settings, programs = arguments(query, key, value, output, window, before=before,
+                                         key_mask=key_mask, scale=scale)
+    window_attention_fwd_kernel[programs](*args, **settings)
+    return output
+
+
+def arguments(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, window: Window, *, before: int,
+    key_mask: Tensor | None, scale: float,
+) -> tuple[tuple, dict, tuple[int, int]]:
+    """(arguments, compile-time settings, programs) of one launch."""
+    B, S, H, D = query.shape
+    BD = max(16, 1 << (D - 1).bit_length())
+    BM, BN, warps, stages = CONFIGS[max(64, BD), query.dtype.itemsize == 4]
+    found = boxes(window, BM, BN)
+    strides = [n for x in (query, key, value, output) for n in x.stride()[:3]]
+    unit = 8 if all(n % 8 == 0 for n in strides) else 1
+    bounds = table(window, query.device)
+    args = (
+        query, key, value, output, bounds,
+        bounds if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        *(n // unit for n in strides), *window.grid, *found.tiles[1:], before, S, H,
+        H // key.shape[2],
+        # the kernel's exponentials are powers of two
+        scale * 1.4426950408889634,
+    )
+    settings = dict(
+        zip(("QT", "QH", "QW", "KT", "KH", "KW"), found.query + found.key, strict=True),
+        D=D, BM=BM, BN=BN, BD=BD, USE_MASK=key_mask is not None, UPCAST=interpreting(), UNIT=unit,
+        num_warps=warps, num_stages=stages)
+    tiles = found.tiles
+    return args, settings, (tiles[0] * tiles[1] * tiles[2], B * H)
