@@ -3,14 +3,22 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 
 from fastdiff.method import Host, Method, check
 from fastdiff.pipelines.families.base import Size, Staging
-from fastdiff.pipelines.staged.call import arguments_changed, attributes, wrap_call
-from fastdiff.pipelines.staged.noise import kind_of
+from fastdiff.pipelines.staged.accept import (
+    check_changeable,
+    check_scheduler,
+    check_whole,
+    condition_of,
+    staging_of,
+)
+from fastdiff.pipelines.staged.call import MAY_STOP, arguments_changed, attributes, wrap_call
+from fastdiff.pipelines.staged.conditions import SizeOf, pictures_held
 from fastdiff.pipelines.staged.run import Leg, Run, Way
 from fastdiff.pipelines.staged.schedule import own_copy
 from fastdiff.pipelines.staged.stages import (
@@ -24,7 +32,7 @@ from fastdiff.pipelines.staged.stages import (
 )
 from fastdiff.pipelines.staged.stand_in import stand_in
 from fastdiff.pipelines.staged.transition import RESIZES
-from fastdiff.scheduler import CLOCK, arm_scheduler, armed
+from fastdiff.scheduler import CLOCK
 
 __all__ = ["BottleneckSampling", "Stage"]
 
@@ -91,42 +99,50 @@ class BottleneckSampling(Method):
         return Preset(preset.stages, self.transition or preset.transition, preset.low)
 
     def attach(self, host: Host) -> Callable[[], None]:
-        staging = _staging(host)
-        _check_scheduler(host.pipe.scheduler, self.chosen)
+        staging = staging_of(host)
+        check_scheduler(host.pipe.scheduler, self.chosen)
+        check_changeable(host, staging, self.chosen)
         names = list(host.models)
 
         @contextmanager
         def around(pipe: Any, asked: dict[str, Any]) -> Iterator[None]:
             models = {name: getattr(pipe, name) for name in names
                       if getattr(pipe, name, None) is not None}
-            run = _Start(self, host, staging, pipe, models).run(asked)
-            with ExitStack() as stack:
-                stack.enter_context(_entered(pipe, run, models))
+            start = _Start(self, host, staging, pipe, models)
+            run = start.run(asked)
+            with _entered(pipe, run, models, partial(start.size_of, run)):
                 yield
 
         return wrap_call(host.pipe, around)
 
 
 @contextmanager
-def _entered(pipe: Any, run: Run, models: dict[str, nn.Module]) -> Iterator[None]:
+def _entered(
+    pipe: Any, run: Run, models: dict[str, nn.Module], size_of: SizeOf
+) -> Iterator[None]:
     """For the time of one call: the stand-in scheduler, the sizes, the bar, the hooks."""
-    bar, prepare = pipe.progress_bar, pipe.prepare_latents
     scheduler = stand_in(run.scheduler, run)
     object.__setattr__(scheduler, CLOCK, run.clock)
-    shown = {
-        "scheduler": scheduler,
-        "progress_bar": lambda *a, **k: run.watch_bar(bar(*a, **k)),
-        "prepare_latents": lambda *a, **k: run.prepare_latents(prepare, a, k),
-    }
+    bar = pipe.progress_bar
+    shown = {"scheduler": scheduler, MAY_STOP: run.may_stop,
+             "progress_bar": lambda *a, **k: run.watch_bar(bar(*a, **k))}
+    condition = run.condition
+    remade = {"prepare_latents", *(condition.remade if condition else ())}
+    shown |= {name: _prepared(run, name, getattr(pipe, name)) for name in remade}
     with ExitStack() as stack:
         stack.enter_context(attributes(pipe, **shown))
-        if run.staging.rebind is not None and len(run.legs) > 1:
+        if condition is not None:
+            stack.enter_context(pictures_held(pipe, condition, run, size_of))
+            for model in (getattr(pipe, name) for name in condition.models):
+                stack.enter_context(arguments_changed(model, run.present))
+        if condition is not None or (run.staging.rebind is not None and len(run.legs) > 1):
             for model in models.values():
-                def change(arguments: dict[str, Any], model: nn.Module = model) -> dict[str, Any]:
-                    return run.rebind(model, arguments)
-
-                stack.enter_context(arguments_changed(model, change))
+                stack.enter_context(arguments_changed(model, partial(run.rebind, model)))
         yield
+
+
+def _prepared(run: Run, name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: run.prepare(name, stock, args, kwargs)
 
 
 @dataclass
@@ -146,10 +162,7 @@ class _Start:
     def run(self, asked: dict[str, Any]) -> Run:
         chosen = self.method.chosen
         scheduler = self.pipe.scheduler
-        if not armed(scheduler):
-            # replaced since enable
-            arm_scheduler(scheduler, self.host.clock)
-        flow = _check_scheduler(scheduler, chosen) == "flow"
+        flow = check_scheduler(scheduler, chosen) == "flow"
         stages = chosen.stages
         if self.method.stages is None and not flow:
             # the presets' shifts are those of flow matching
@@ -161,6 +174,9 @@ class _Start:
         if given and not own:
             raise ValueError(f"{given[0]}= brings a schedule of its own, and so do stages: leave "
                              f"{given[0]} out, or disable_fastdiff()")
+        condition = None if own else condition_of(self.staging, self.pipe)
+        if condition is not None:
+            condition.check(self.pipe, asked)
         if not own:
             asked["num_inference_steps"] = sum(span.steps for span in asked_spans)
         legs = [Leg(stage, span, own_copy(scheduler))
@@ -169,7 +185,15 @@ class _Start:
         models = {name: part.model for name, part in self.host.models.items()}
         way = Way(chosen.transition, self.method.resize, self.method.noise)
         return Run(self.pipe, models, self.staging, legs, way, asked.get("generator"),
-                   self.host.clock, lambda h, w: self.sizes(legs, h, w), self.tell, own)
+                   self.host.clock, lambda h, w: self.sizes(legs, h, w), self.tell, own,
+                   condition, _shape(asked))
+
+    def size_of(self, run: Run, index: int, height: int, width: int) -> Size:
+        """The size that a picture of the condition has in a stage."""
+        leg = run.legs[index]
+        assert run.condition is not None and leg.size is not None
+        own = run.condition.own_size
+        return self._size(leg.stage.scale, height, width) if own else leg.size
 
     def sizes(self, legs: list[Leg], height: int, width: int) -> list[Size]:
         """The sizes of all stages; a ValueError where one is not possible or not wise."""
@@ -181,7 +205,7 @@ class _Start:
             if leg.stage.scale != 1 and not self.method.force:
                 self._check_trained(leg.stage.scale, size, height, width)
         if preset.transition == "matched-noise":
-            _check_whole(found)
+            check_whole(found)
         return found
 
     def _raise_low(
@@ -239,38 +263,6 @@ class _Start:
             f"{self.asked_steps} steps")
 
 
-def _staging(host: Host) -> Staging:
-    """The family's data for this pipeline; a ValueError says why there is none."""
-    pipe = host.pipe
-    if pipe is None or not hasattr(pipe, "prepare_latents"):
-        what = "a bare model" if pipe is None else type(pipe).__name__
-        raise ValueError(f"bottleneck works inside the call of a diffusers pipeline, not of {what}")
-    part = next(iter(host.models.values()))
-    staging = part.family.staging
-    if staging is None:
-        raise ValueError(f"bottleneck does not know how {type(part.model).__name__} "
-                         f"({part.family.name}) changes size")
-    if not {cls.__name__ for cls in type(pipe).__mro__} & {*staging.pipelines}:
-        raise ValueError(f"bottleneck cannot run in {type(pipe).__name__}: {staging.others}. "
-                         f"Accepted of this family: {', '.join(staging.pipelines)}")
-    return staging
-
-
-def _check_scheduler(scheduler: Any, chosen: Preset) -> str:
-    kind = kind_of(scheduler)
-    if kind == "strided" and chosen.transition == "matched-noise":
-        raise ValueError(f"matched-noise needs exact noise levels, and {type(scheduler).__name__} "
-                         "steps by a fixed stride: use restart or continue, or a scheduler with "
-                         "sigmas such as DPMSolverMultistepScheduler")
-    return kind
-
-
-def _check_whole(sizes: list[Size]) -> None:
-    for before, after in zip(sizes, sizes[1:], strict=False):
-        small, large = sorted((before, after), key=lambda size: size.rows)
-        factors = (large.rows / small.rows, large.columns / small.columns)
-        if factors[0] != factors[1] or factors[0] % 1:
-            raise ValueError(
-                f"matched-noise needs sides that are whole multiples, got {before.height}x"
-                f"{before.width} and {after.height}x{after.width} after rounding: use a size that "
-                "the scale divides, or transition=restart")
+def _shape(asked: dict[str, Any]) -> tuple[int, int] | None:
+    height, width = asked.get("height"), asked.get("width")
+    return None if height is None or width is None else (height, width)

@@ -3,7 +3,14 @@
 from typing import Any
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging, text_tokens
+from fastdiff.pipelines.families.base import (
+    Arguments,
+    Condition,
+    Family,
+    Size,
+    Staging,
+    text_tokens,
+)
 
 
 def read(model: Any, arguments: Arguments) -> TokenLayout:
@@ -26,6 +33,12 @@ def trained(model: Any) -> int:
     return 480 * 720 if model.config.patch_size_t is None else 768 * 1360
 
 
+def fixed(model: Any) -> str | None:
+    if model.config.use_learned_positional_embeddings:
+        return "its weights have a learned embedding for every place of one size"
+    return None
+
+
 FAMILY = Family(
     name="CogVideoX",
     denoisers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
@@ -35,7 +48,10 @@ FAMILY = Family(
         cell=lambda pipe: pipe.vae_scale_factor_spatial,
         unit=lambda model: model.config.patch_size,
         trained=trained,
-        others="its loop joins the latents with a condition of the full size",
+        conditions={"CogVideoXImageToVideoPipeline": Condition(
+            pictures=("video_processor",), remade=("prepare_latents",))},
+        others="its loop was not examined",
+        fixed=fixed,
         rebind=rebind,
     ),
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastdiff.layout import TokenLayout
-from fastdiff.pipelines.families.base import Arguments, Family, Size, Staging
+from fastdiff.pipelines.families.base import Arguments, Condition, Family, Size, Staging
 
 
 def read(model: Any, arguments: Arguments) -> TokenLayout:
@@ -21,14 +21,17 @@ def trained(model: Any) -> int | None:
 
 
 def rebind(pipe: Any, size: Size, arguments: Arguments) -> dict[str, Any]:
-    """2.2 5B is told the timestep of every token; without a condition they are all the same."""
+    """2.2 5B is told the timestep of every token; without a condition they are all the same.
+
+    With one they come from a mask of the first frame, which has the size already.
+    """
     timestep = arguments["timestep"]
     if timestep.ndim < 2:
         return {}
     patch = pipe.transformer.config.patch_size
     frames = arguments["hidden_states"].shape[2] // patch[0]
     tokens = frames * (size.rows // patch[1]) * (size.columns // patch[2])
-    return {"timestep": timestep[:, :1].expand(-1, tokens)}
+    return {} if timestep.shape[1] == tokens else {"timestep": timestep[:, :1].expand(-1, tokens)}
 
 
 FAMILY = Family(
@@ -41,7 +44,9 @@ FAMILY = Family(
         cell=lambda pipe: pipe.vae_scale_factor_spatial,
         unit=lambda model: model.config.patch_size[-1],
         trained=trained,
-        others="its loop joins the latents with a condition of the full size",
+        conditions={"WanImageToVideoPipeline": Condition(
+            pictures=("video_processor",), remade=("prepare_latents",))},
+        others="its loop was not examined",
         rebind=rebind,
     ),
 )

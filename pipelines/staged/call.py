@@ -10,6 +10,8 @@ from weakref import ref
 from torch import nn
 
 AROUND = "_fastdiff_around_call"
+# set on the pipeline during a call: () -> whether the loop may stop where it is
+MAY_STOP = "_fastdiff_may_stop"
 
 # (pipeline, call arguments by name) -> a context manager that may change the arguments
 Around = Callable[[Any, dict[str, Any]], Any]
@@ -22,20 +24,24 @@ def wrap_call(pipe: Any, around: Around) -> Callable[[], None]:
 
     Python looks `__call__` up on the class, so the instance gets a subclass of the same name.
     """
-    stock = type(pipe)
-    pipe.__class__ = _subclass(stock)
+    pipe.__class__ = _subclass(type(pipe))
     pipe.__dict__[AROUND] = around
     weak = ref(pipe)
 
     def undo() -> None:
         entered = weak()
-        if entered is None:
-            return
-        entered.__dict__.pop(AROUND, None)
-        if type(entered) is _subclasses[stock]:
-            entered.__class__ = stock
+        if entered is not None:
+            unwrap_call(entered)
 
     return undo
+
+
+def unwrap_call(pipe: Any) -> None:
+    """Let calls of this pipeline be stock again: the one that was wrapped, or a copy of it."""
+    getattr(pipe, "__dict__", {}).pop(AROUND, None)
+    stock = next((cls for cls, made in _subclasses.items() if made is type(pipe)), None)
+    if stock is not None:
+        pipe.__class__ = stock
 
 
 def _subclass(cls: type) -> type:
@@ -52,10 +58,19 @@ def _subclass(cls: type) -> type:
             with around(self, bound.arguments):
                 return cls.__call__(*bound.args, **bound.kwargs)
 
-        body = {"__call__": __call__, "__module__": cls.__module__,
+        body: dict[str, Any] = {
+                "__call__": __call__, "__module__": cls.__module__,
                 "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        if isinstance(getattr(cls, "interrupt", None), property):
+            body["interrupt"] = property(_interrupt)
         _subclasses[cls] = type(cls.__name__, (cls,), body)
     return _subclasses[cls]
+
+
+def _interrupt(self: Any) -> bool:
+    """What a loop asks before every step, and then leaves its latents as they are."""
+    may_stop = self.__dict__.get(MAY_STOP)
+    return self._interrupt and (may_stop is None or may_stop())
 
 
 @contextmanager
@@ -69,6 +84,8 @@ def attributes(target: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
+            if found.get(name, missing) is not values[name]:
+                continue  # set anew since, by somebody else
             if value is missing:
                 found.pop(name, None)
             else:

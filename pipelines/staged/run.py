@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.clock import StepClock
-from fastdiff.pipelines.families.base import Size, Staging
+from fastdiff.pipelines.families.base import Condition, Size, Staging
 from fastdiff.pipelines.staged import schedule
+from fastdiff.pipelines.staged.conditions import once_a_size
 from fastdiff.pipelines.staged.noise import clean_estimate, kind_of, level_at, level_of
+from fastdiff.pipelines.staged.per_stage import at, hold
 from fastdiff.pipelines.staged.schedule import Span
 from fastdiff.pipelines.staged.stages import Stage
 from fastdiff.pipelines.staged.transition import match, renoise, resize, smaller_noise
@@ -48,6 +50,8 @@ class Run:
     models: denoisers by name. generator: the call's, which draws the new noise. sizes: (height,
     width) in pixels -> the sizes of all stages; raises where one is not possible. tell: called
     once, with the run, before the first step. own: the call's own schedule is left as it is.
+    condition: how this pipeline makes one, None where it has none. shape: height and width as the
+    call names them, None where it leaves them out.
     """
 
     pipe: Any
@@ -60,6 +64,8 @@ class Run:
     sizes: Callable[[int, int], list[Size]]
     tell: Callable[["Run"], None]
     own: bool = False
+    condition: Condition | None = None
+    shape: tuple[int, int] | None = None
     timesteps: Tensor | None = None
     sigmas: Tensor | None = None
     bar: Any = None
@@ -80,26 +86,69 @@ class Run:
     def model(self) -> nn.Module:
         return next(iter(self.models.values()))
 
+    @property
+    def looping(self) -> bool:
+        return self.bar is not None
+
+    @property
+    def index(self) -> int:
+        return self._leg
+
+    @property
+    def last(self) -> int:
+        return len(self.legs) - 1
+
+    def twin(self, index: int) -> int:
+        """The last stage of the same size."""
+        size = self.legs[index].size
+        return max(i for i in range(len(self.legs)) if i == index or self.legs[i].size == size)
+
+    def may_stop(self) -> bool:
+        """Whether the latents have the size with which the call ends."""
+        return self.twin(self._leg) == self.last
+
+    def prepare(self, name: str, stock: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """One of the pipeline's functions that encode its condition, for every size."""
+        if name == "prepare_latents":
+            return self.prepare_latents(stock, args, kwargs)
+        bound = inspect.signature(stock).bind(*args, **kwargs)
+        return hold(self, once_a_size(self, self._sizes(), self.last, stock, bound))
+
     def prepare_latents(self, stock: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The pipeline's own function, for the size of the first stage."""
         bound = inspect.signature(stock).bind(*args, **kwargs)
         asked = bound.arguments
-        for leg, size in zip(self.legs, self.sizes(asked["height"], asked["width"]), strict=True):
-            leg.size = size
+        self._size_legs(asked["height"], asked["width"])
         first = self.legs[0]
         assert first.size is not None
-        if first.stage.scale != 1:
-            if asked.get("latents") is not None:
-                raise ValueError("latents= are given at full size, and the first stage has scale="
-                                 f"{first.stage.scale:g}: start with a stage of scale 1")
-            asked["height"], asked["width"] = first.size.height, first.size.width
-        made = stock(*bound.args, **bound.kwargs)
+        if first.stage.scale != 1 and asked.get("latents") is not None:
+            raise ValueError("latents= are given at full size, and the first stage has scale="
+                             f"{first.stage.scale:g}: start with a stage of scale 1")
+        made = self._made_first(stock, bound)
         latents = made[0] if isinstance(made, tuple) else made
         area = first.size.rows * first.size.columns
         unit = self.staging.unit(self.model)
         tokens = latents.shape[1] if latents.ndim == 3 else area / unit**2
         self._tokens = tokens / area
         return made
+
+    def _made_first(self, stock: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """What the pipeline's function makes for the first stage, its condition for all stages."""
+        if self.condition is not None and "prepare_latents" in self.condition.remade:
+            made = once_a_size(self, self._sizes(), 0, stock, bound)
+            return made[self.twin(0)][0], *hold(self, made)[1:]
+        size = self._sizes()[0]
+        bound.arguments.update(at(dict(bound.arguments), 0))
+        if self.legs[0].stage.scale != 1:
+            bound.arguments.update(height=size.height, width=size.width)
+        return stock(*bound.args, **bound.kwargs)
+
+    def _size_legs(self, height: int, width: int) -> None:
+        for leg, size in zip(self.legs, self.sizes(height, width), strict=True):
+            leg.size = size
+
+    def _sizes(self) -> list[Size]:
+        return [leg.size for leg in self.legs if leg.size is not None]
 
     def set_timesteps(self, args: tuple, kwargs: dict) -> None:
         """Write every stage's schedule and show the pipeline one after the other."""
@@ -109,10 +158,17 @@ class Run:
                 leg.scheduler.set_timesteps(*args, **kwargs)
                 continue
             bound = inspect.signature(leg.scheduler.set_timesteps).bind(*args, **kwargs)
+            asked = dict(bound.arguments)
+            if self._tokens is None and self.shape is not None and asked.get("mu") is not None:
+                # this pipeline sets its schedule, for the full size, before it makes its latents
+                self._size_legs(*self.shape)
+                size = self._sizes()[-1]
+                whole = schedule.tokens_of(leg.scheduler, asked["mu"])
+                self._tokens = whole / (size.rows * size.columns)
             tokens = None
             if self._tokens is not None and leg.size is not None:
                 tokens = round(self._tokens * leg.size.rows * leg.size.columns)
-            schedule.write(leg.scheduler, leg.span, dict(bound.arguments), tokens)
+            schedule.write(leg.scheduler, leg.span, asked, tokens)
         self.timesteps = torch.cat([leg.scheduler.timesteps for leg in self.legs])
         if hasattr(self.scheduler, "sigmas"):
             parts = [leg.scheduler.sigmas[:-1] for leg in self.legs]
@@ -136,15 +192,18 @@ class Run:
             scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
             self._first_noise = self._unpack(given["sample"], self.leg).float() / scale
         crossing = self._step == self.leg.steps - 1 and self._leg < len(self.legs) - 1
+        stopping = getattr(self.pipe, "_interrupt", False) and not self.may_stop()
         # read before the step, which moves the solver on
-        level = level_at(scheduler, kind_of(scheduler), self._step) if crossing else None
+        level = (level_at(scheduler, kind_of(scheduler), self._step) if crossing or stopping
+                 else None)
         result = scheduler.step(*bound.args, **bound.kwargs)
         self.clock.advance()
         self._step += 1
         if level is None:
             return result
         stepped = result[0] if isinstance(result, tuple) else result.prev_sample
-        crossed = self._cross(given["model_output"], given["sample"], stepped, level)
+        lead = self._cut_short if stopping else self._cross
+        crossed = lead(given["model_output"], given["sample"], stepped, level)
         if isinstance(result, tuple):
             return (crossed, *result[1:])
         result.prev_sample = crossed
@@ -153,16 +212,30 @@ class Run:
     def rebind(self, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a denoiser's forward that belong to the size of the present stage."""
         leg = self.leg
+        held = self.present(arguments)
         if self.staging.rebind is None or leg.size is None:
-            return {}
+            return held
         if all(other.stage.scale == 1 for other in (leg, self.legs[0])):
+            return held
+        return held | self._rebound(leg, leg.size, model, {**arguments, **held})
+
+    def present(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those arguments of a forward that hold a condition, in the present stage's size."""
+        if self.condition is None:
             return {}
+        found = at(arguments, self._leg)
+        return {name: value for name, value in found.items() if value is not arguments[name]}
+
+    def _rebound(
+        self, leg: Leg, size: Size, model: nn.Module, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert self.staging.rebind is not None
         made = leg.bound.get(id(model))
         if made is None:
-            made = leg.bound[id(model)] = self.staging.rebind(self.pipe, leg.size, arguments)
+            made = leg.bound[id(model)] = self.staging.rebind(self.pipe, size, arguments)
         # arguments that follow the step are made anew
         stale = made.get("timestep") is not None
-        return self.staging.rebind(self.pipe, leg.size, arguments) if stale else made
+        return self.staging.rebind(self.pipe, size, arguments) if stale else made
 
     def watch_bar(self, bar: Any) -> Any:
         self.bar = bar
@@ -193,6 +266,15 @@ class Run:
                 model._reset_stateful_cache()  # type: ignore[operator]
         self._describe()
         return self.staging.pack(self.model, crossed, new.size).to(stepped.dtype)
+
+    def _cut_short(self, output: Tensor, sample: Tensor, stepped: Tensor, level: Any) -> Tensor:
+        """The clean estimate in the size with which the call ends, for a call that is stopped."""
+        old, last = self.leg, self.legs[-1]
+        assert last.size is not None
+        clean = self._unpack(clean_estimate(old.scheduler, level, output, sample), old)
+        clean = resize(clean, last.size.rows, last.size.columns, self.way.resize)
+        self._leg = self.last
+        return self.staging.pack(self.model, clean, last.size).to(stepped.dtype)
 
     def _noise(self, like: Tensor) -> Tensor:
         if self._first_noise is None:

@@ -173,15 +173,26 @@ def _write_strided(scheduler: Any, span: Span, device: Any) -> None:
     scheduler.timesteps = times.clamp_min(0).to(scheduler.timesteps)
 
 
+def tokens_of(scheduler: Any, mu: float) -> float:
+    """The tokens for which a pipeline computes this shift."""
+    least, most, low, high = _mu_line(scheduler)
+    return least + (mu - low) * (most - least) / (high - low)
+
+
 def _mu(scheduler: Any, arguments: dict[str, Any], tokens: int | None) -> float | None:
     """The pipeline's resolution-dependent shift, for the tokens of this stage."""
     mu = arguments.get("mu")
     if mu is None or tokens is None:
         return mu
-    read = scheduler.config.get
-    least, most = read("base_image_seq_len", 256), read("max_image_seq_len", 4096)
-    low, high = read("base_shift", 0.5), read("max_shift", 1.15)
+    least, most, low, high = _mu_line(scheduler)
     return low + (high - low) * (tokens - least) / (most - least)
+
+
+def _mu_line(scheduler: Any) -> tuple[float, float, float, float]:
+    """Tokens and shifts at the two ends of the line."""
+    read = scheduler.config.get
+    return (read("base_image_seq_len", 256), read("max_image_seq_len", 4096),
+            read("base_shift", 0.5), read("max_shift", 1.15))
 
 
 def _flow_shift(scheduler: Any, mu: float | None) -> float:

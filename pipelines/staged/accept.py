@@ -1,0 +1,63 @@
+"""What can run in stages: pipelines, their schedulers, weights and sizes; reasons where not."""
+
+from typing import Any
+
+from fastdiff.method import Host
+from fastdiff.pipelines.families.base import Condition, Size, Staging
+from fastdiff.pipelines.staged.noise import kind_of
+from fastdiff.pipelines.staged.stages import Preset
+
+
+def staging_of(host: Host) -> Staging:
+    """The family's data for this pipeline; a ValueError says why there is none."""
+    pipe = host.pipe
+    if pipe is None or not hasattr(pipe, "prepare_latents"):
+        what = "a bare model" if pipe is None else type(pipe).__name__
+        raise ValueError(f"bottleneck works inside the call of a diffusers pipeline, not of {what}")
+    part = next(iter(host.models.values()))
+    staging = part.family.staging
+    if staging is None:
+        raise ValueError(f"bottleneck does not know how {type(part.model).__name__} "
+                         f"({part.family.name}) changes size")
+    if condition_of(staging, pipe) is None and not _names(pipe) & {*staging.pipelines}:
+        accepted = ", ".join([*staging.pipelines, *staging.conditions])
+        raise ValueError(f"bottleneck cannot run in {type(pipe).__name__}: {staging.others}. "
+                         f"Accepted of this family: {accepted}")
+    return staging
+
+
+def _names(pipe: Any) -> set[str]:
+    return {cls.__name__ for cls in type(pipe).__mro__}
+
+
+def condition_of(staging: Staging, pipe: Any) -> Condition | None:
+    names = _names(pipe)
+    return next((made for name, made in staging.conditions.items() if name in names), None)
+
+
+def check_scheduler(scheduler: Any, chosen: Preset) -> str:
+    kind = kind_of(scheduler)
+    if kind == "strided" and chosen.transition == "matched-noise":
+        raise ValueError(f"matched-noise needs exact noise levels, and {type(scheduler).__name__} "
+                         "steps by a fixed stride: use restart or continue, or a scheduler with "
+                         "sigmas such as DPMSolverMultistepScheduler")
+    return kind
+
+
+def check_changeable(host: Host, staging: Staging, chosen: Preset) -> None:
+    part = next(iter(host.models.values()))
+    reason = staging.fixed(part.model)
+    if reason is not None and any(stage.scale != 1 for stage in chosen.stages):
+        raise ValueError(f"{type(part.model).__name__} cannot run at another size: {reason}. Use "
+                         "fewer steps, or other weights")
+
+
+def check_whole(sizes: list[Size]) -> None:
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        small, large = sorted((before, after), key=lambda size: size.rows)
+        factors = (large.rows / small.rows, large.columns / small.columns)
+        if factors[0] != factors[1] or factors[0] % 1:
+            raise ValueError(
+                f"matched-noise needs sides that are whole multiples, got {before.height}x"
+                f"{before.width} and {after.height}x{after.width} after rounding: use a size that "
+                "the scale divides, or transition=restart")
