@@ -117,7 +117,7 @@ class Off:
 
 
 def enable(
-    target: Any, *methods: str | Method, plan: str | Path | dict[str, Any] | None = None,
+    target: Any, /, *methods: str | Method, plan: str | Path | dict[str, Any] | None = None,
     strict: bool | None = None, **options: Any,
 ) -> Handle:
     """Switch FastDiff on for a pipeline, a ModularPipeline or a bare diffusers model.

@@ -14,7 +14,7 @@ HOMES = {
 }
 
 
-def enable_fastdiff(self, *methods, plan=None, strict=None, **options):
+def enable_fastdiff(self, /, *methods, plan=None, strict=None, **options):
     """Make this pipeline faster; see `fastdiff.enable`. Returns the pipeline."""
     _api().enable(self, *methods, plan=plan, strict=strict, **options)
     return self

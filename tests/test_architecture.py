@@ -38,7 +38,8 @@ ARROWS: dict[str, set[str]] = {
     "attention": {"clock", "layout", "blockmask", "report", "kernels", "policies"},
     "gradients": {"attention"},
     "seam": {"shadow", "layout", "attention", "gradients"},
-    "pipelines": {"clock", "layout", "method", "scheduler", "seam"},
+    "pipelines": {"clock", "layout", "method", "scheduler", "kernels", "shadow", "policies",
+                  "seam"},
     # methods that work on fewer tokens
     "tokens": {"clock", "layout", "blockmask", "method", "kernels", "shadow", "attention", "seam"},
     # presets and plans turn names into methods; finds their files by name

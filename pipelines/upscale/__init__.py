@@ -1,0 +1,1 @@
+"""Parts of the FreeSwim method: windows, the dual path, its cache, the schedule, the encoder."""
