@@ -96,6 +96,21 @@ def cases(tiny: bool) -> list[Case]:
     return found
 
 
+def refusal(impl: str, device: str) -> str | None:
+    """Why `impl` cannot run here, or None; found in a process, since a faulty kernel may hang."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        try:
+            return pool.apply_async(refusal_here, (impl, device)).get(60)
+        except multiprocessing.TimeoutError:
+            return "no answer in 60 s"
+
+
+def refusal_here(impl: str, device: str) -> str | None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.zeros(1, 1, 1, 128, dtype=dtype, device=device)
+    return "; ".join(implementations(x, x, x)[impl]) or None
+
+
 def one_case(impl: str, device: str, case: Case) -> tuple[float, str] | None:
     """(error over what is allowed, what went wrong), or None where `impl` refuses."""
     torch.set_num_threads(1)
@@ -257,12 +272,11 @@ def main(words: list[str] | None = None) -> None:
     if device == "cpu" and not args.tiny:
         parser.error("no CUDA device; --tiny runs small shapes here")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    x = torch.zeros(1, 1, 1, 128, dtype=dtype, device=device)
-    usable = implementations(x, x, x)
-    for name, reasons in usable.items():
-        if reasons:
-            print(f"{name}: {'; '.join(reasons)}")
-    impls = args.impl or [name for name in ("gluon", "triton") if not usable.get(name, [""])]
+    usable = {name: refusal(name, device) for name in ("gluon", "triton")}
+    for name, reason in usable.items():
+        if reason:
+            print(f"{name}: {reason}")
+    impls = args.impl or [name for name in usable if not usable[name]]
     if not impls:
         impls = ["reference"]
     settings: dict[str, Any] = {"rounds": args.rounds, "dtype": str(dtype), "clocks": [clocks()],

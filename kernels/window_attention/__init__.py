@@ -14,8 +14,8 @@ from .geometry import Grid, Window
 __all__ = ["Window", "chosen", "implementations", "window_attention"]
 
 # name -> module, most wanted first; "auto" walks AUTO in this order
-IMPLEMENTATIONS = {"triton": ".triton_impl", "reference": ".reference"}
-AUTO = ("triton",)
+IMPLEMENTATIONS = {"gluon": ".gluon_impl", "triton": ".triton_impl", "reference": ".reference"}
+AUTO = ("gluon", "triton")
 
 
 def window_attention(
