@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from fastdiff.method import Method
     from fastdiff.policies import Policy
     from fastdiff.policies.tile_sparse import TileSparse
+    from fastdiff.upscale import upscale_video
 
 __version__ = "0.1.0"
-__all__ = ["Method", "Policy", "TileSparse", "disable", "enable", "find_denoisers"]
+__all__ = ["Method", "Policy", "TileSparse", "disable", "enable", "find_denoisers",
+           "upscale_video"]
 
 _HOME = {
     "enable": "api", "disable": "api", "find_denoisers": "api",
     "Method": "method", "Policy": "policies", "TileSparse": "policies.tile_sparse",
+    "upscale_video": "upscale",
 }
 
 

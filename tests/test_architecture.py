@@ -48,8 +48,10 @@ ARROWS: dict[str, set[str]] = {
             "seam", "pipelines"},
     # plans found by real runs
     "calibration": {"api", "method", "policies", "layout", "kernels"},
+    # one call at a larger size
+    "upscale": {"api", "pipelines"},
     # the names that a user sees: attach at once, the rest when asked for
-    "__init__": {"attach", "api", "method", "policies"},
+    "__init__": {"attach", "api", "method", "policies", "upscale"},
     "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report",
             "layout", "calibration"},
     # many jobs, with the steps of generate; the command line finds it by name
@@ -69,7 +71,7 @@ MAY_IMPORT = {
     "imageio": {"cli"},
     "imageio_ffmpeg": {"cli"},
     "PIL": {"cli", "batch", "demo"},
-    "numpy": {"cli", "report", "demo"},
+    "numpy": {"cli", "report", "upscale", "demo"},
     "gradio": {"demo"},
 }
 HEAVY = ("torch", "diffusers", "transformers", "triton")

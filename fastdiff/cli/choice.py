@@ -9,6 +9,7 @@ from fastdiff.cli import values
 from fastdiff.cli.errors import InputError, nearest
 
 STOCK = "stock"
+UPSCALE = "freeswim"
 
 
 def plan(
@@ -39,6 +40,32 @@ def plan(
         return to_plan(make_methods(start, _typed(start, options)))
     except TypeError as error:
         raise InputError(f"the plan has a value of the wrong type: {error}") from error
+
+
+def upscaled(given: str | None, file: Path | None, options: dict[str, str], size: str) -> str:
+    """The method names with upscaling to `size` (HxW) among them; its target goes into `options`.
+    """
+    if file is not None:
+        raise InputError("--upscale-to and --plan do not go together: give --method, or write "
+                         f"{UPSCALE} into the plan")
+    height, width = values.size(size, "--upscale-to")
+    options[f"{UPSCALE}.target"] = f"{height}x{width}"
+    names = [] if given in (None, STOCK) else given.split("+")
+    return "+".join(names if UPSCALE in names else [*names, UPSCALE])
+
+
+def upscales(settings: dict[str, Any] | None) -> bool:
+    """Whether a plan makes results larger than the size of the call."""
+    return settings is not None and any(
+        entry["method"] == UPSCALE for entry in settings["methods"])
+
+
+def made_size(record: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of a result, by its settings and plan."""
+    plan = record.get("plan") or {"methods": []}
+    larger = [entry["target"] for entry in plan["methods"] if entry["method"] == UPSCALE]
+    height, width = larger[0] if larger else (record["height"], record["width"])
+    return height, width
 
 
 def _typed(start: Sequence[Any], options: dict[str, str]) -> dict[str, Any]:

@@ -35,6 +35,10 @@ def generate(
         "--size", metavar="HxW", panel=_MODEL,
         help="HEIGHTxWIDTH in pixels, such as 256x384 for a wide picture; one number is a square."
     )] = None,
+    upscale_to: Annotated[str | None, _option(
+        "--upscale-to", metavar="HxW", panel=_MODEL,
+        help="Make the result again at this larger size (method freeswim); --size is then the "
+             "size to begin with.")] = None,
     frames: Annotated[int | None, _option(
         "--frames", min=1, panel=_MODEL, help="Frames of a clip.")] = None,
     fps: Annotated[int | None, _option(
@@ -117,6 +121,11 @@ def generate(
         given["height"], given["width"] = values.size(size)
     if dtype is not None:
         given["dtype"] = values.dtype(dtype)
+
+    if upscale_to is not None:
+        from fastdiff.cli.choice import upscaled
+
+        method = upscaled(method, plan, options, upscale_to)
 
     from fastdiff.cli.job import Job
     from fastdiff.cli.show import Show

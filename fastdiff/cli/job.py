@@ -81,6 +81,9 @@ class Job:
             plan = None
         if plan is None and self.compare:
             raise InputError("--compare needs a method other than stock")
+        if self.compare and choice.upscales(plan):
+            raise InputError("--compare holds two results of one size side by side, and upscaling "
+                             "makes another size: leave --compare out")
         device = self._device(before)
         if self.given.get("offload") and device == "cpu":
             raise InputError("--offload moves parts to a GPU and back: it needs one")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastdiff.cli import choice
 from fastdiff.cli.errors import InputError
 from fastdiff.cli.sidecar import Settings
 
@@ -192,7 +193,9 @@ def _arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]
 def _resolved(pipe: Any, settings: Settings, frames: Any) -> Settings:
     """The settings with the pipeline's own defaults filled in."""
     accepted = parameters(pipe)
-    filled: dict[str, Any] = {"height": frames.shape[1], "width": frames.shape[2]}
+    filled: dict[str, Any] = {}
+    if not choice.upscales(settings.plan):
+        filled = {"height": frames.shape[1], "width": frames.shape[2]}
     if settings.kind == "video":
         filled["frames"] = len(frames)
     for option in ("steps", "guidance"):

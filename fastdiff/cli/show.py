@@ -65,7 +65,8 @@ class Show:
     def result(self, record: dict[str, Any], table: str | None) -> None:
         """One result: the file, seconds, density, every dense fallback."""
         clip = f"{record['frames']} frames of " if record["kind"] == "video" else ""
-        self.line(f"wrote {record['path']}  ({clip}{record['height']}x{record['width']}, "
+        height, width = choice.made_size(record)
+        self.line(f"wrote {record['path']}  ({clip}{height}x{width}, "
                   f"{record['steps']} steps, {record['seconds']:.1f} s on {record['device']})")
         self._comparison(record.get("compare"))
         self._attention(record)

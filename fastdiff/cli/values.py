@@ -12,12 +12,12 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
           "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
-def size(text: str) -> tuple[int, int]:
+def size(text: str, option: str = "--size") -> tuple[int, int]:
     """(height, width) from "HEIGHTxWIDTH", or from one number for a square."""
     parts = text.lower().replace("×", "x").split("x")
     numbers = [int(part) for part in parts if part.strip().isdecimal()]
     if len(numbers) != len(parts) or len(parts) not in (1, 2) or min(numbers, default=0) < 1:
-        raise InputError(f"--size {text!r} is not a size: give HEIGHTxWIDTH in pixels, such as "
+        raise InputError(f"{option} {text!r} is not a size: give HEIGHTxWIDTH in pixels, such as "
                          "256x384, or one number for a square")
     return numbers[0], numbers[-1]
 

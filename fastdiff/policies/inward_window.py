@@ -1,6 +1,7 @@
 """Inward window: each query of a grid sees all frames of one window; exact, by lists of tiles."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from fastdiff.policies.partition import axis_product, blocks_of
 from fastdiff.policies.windows import Axis, cut_blocks, cut_tiles
 
 Sides = tuple[int, int]
+
+# numbers of a tensor that a kernel is given at once
+MOST_NUMBERS = 1 << 30
 
 
 def trained_window(native: Sides) -> Sides:
@@ -156,15 +160,31 @@ def window_attention(
 
     Returns [B, S, H, D] and the natural log of the softmax denominator, float32 [B, S, H].
     """
-    batch, _, heads, _ = query.shape
-    q, k, v = (permute_tokens(x, plan.order) for x in (query, key, value))
-    found = block_sparse_attention(
-        q, k, v, plan.indices.expand(batch, heads, -1, -1), plan.counts.expand(batch, heads, -1),
-        plan.offsets, plan.offsets, block_q=plan.block, block_k=plan.block, scale=scale,
-        return_lse=True)
-    out, lse = found
-    return (permute_tokens(out, plan.inverse),
-            permute_tokens(lse.transpose(1, 2).contiguous(), plan.inverse))
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        batch, _, heads, _ = q.shape
+        q, k, v = (permute_tokens(x, plan.order) for x in (q, k, v))
+        out, lse = block_sparse_attention(
+            q, k, v, plan.indices.expand(batch, heads, -1, -1),
+            plan.counts.expand(batch, heads, -1), plan.offsets, plan.offsets, block_q=plan.block,
+            block_k=plan.block, scale=scale, return_lse=True)
+        return (permute_tokens(out, plan.inverse),
+                permute_tokens(lse.transpose(1, 2).contiguous(), plan.inverse))
+
+    return by_head_groups(attend, query, key, value)
+
+
+def by_head_groups(
+    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], *qkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`attend` in groups of heads that a kernel's 32-bit places can number; (o, l) of all."""
+    groups = math.ceil(qkv[0].numel() / MOST_NUMBERS)
+    if groups <= 1:
+        return attend(*qkv)
+    size = math.ceil(qkv[0].shape[2] / groups)
+    parts = [attend(*(x.contiguous() for x in group))
+             for group in zip(*(x.split(size, dim=2) for x in qkv), strict=True)]
+    outs, denominators = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(denominators, 2)
 
 
 def gathered_window(

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.upscale.turn import Turn
+from fastdiff.policies.inward_window import by_head_groups
 
 # (o, l): [B, S, H, D] and float32 [B, S, H]
 Part = tuple[Tensor, Tensor]
@@ -43,8 +44,7 @@ def text_part(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Part:
     """Attention of grid queries to text alone. mask: bool [B, text], of the keys that count."""
-    batch, tokens, heads, _ = query.shape
-    text = key.shape[1]
+    tokens, text = query.shape[1], key.shape[1]
 
     def offsets(length: int) -> Tensor:
         ends = [*range(0, length, _BLOCK), length]
@@ -53,12 +53,16 @@ def text_part(
     at, of = offsets(tokens), offsets(text)
     count = of.numel() - 1
     lists = torch.arange(count, dtype=torch.int32, device=query.device)
-    found = block_sparse_attention(
-        query, key, value, lists.expand(batch, heads, at.numel() - 1, count),
-        torch.full((batch, heads, at.numel() - 1), count, dtype=torch.int32, device=query.device),
-        at, of, block_q=_BLOCK, block_k=_BLOCK, key_mask=mask, scale=scale, return_lse=True)
-    out, lse = found
-    return out, lse.transpose(1, 2)
+    full = torch.tensor(count, dtype=torch.int32, device=query.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Part:
+        rows = (q.shape[0], q.shape[2], at.numel() - 1)
+        out, lse = block_sparse_attention(
+            q, k, v, lists.expand(*rows, count), full.expand(rows), at, of, block_q=_BLOCK,
+            block_k=_BLOCK, key_mask=mask, scale=scale, return_lse=True)
+        return out, lse.transpose(1, 2)
+
+    return by_head_groups(attend, query, key, value)
 
 
 def key_mask(mask: Tensor | None, rows: int) -> Tensor | None:

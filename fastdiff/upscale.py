@@ -1,0 +1,70 @@
+"""upscale_video: one call of a pipeline at a size that its model was not trained for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import api
+from fastdiff.pipelines.freeswim import FreeSwim
+from fastdiff.pipelines.staged.call import attributes
+from fastdiff.pipelines.upscale.call import CLIP
+
+# knobs of FreeSwim that are no arguments of a pipeline's call
+_KNOBS = ("target", "mode", "interval", "strength", "shift", "scale_mult", "slide", "cache",
+          "folder")
+
+
+def upscale_video(
+    pipe: Any, *args: Any, target: tuple[int, int] | str, video: Any = None, **arguments: Any
+) -> Any:
+    """Call `pipe` and get its clip, or picture, at `target` (height, width) in pixels.
+
+    args, arguments: of the pipeline's call, whose height and width are those the model was trained
+    at, and knobs of FreeSwim by name (mode, interval, strength, shift, folder ...).
+    video: a clip to begin with instead of making one: frames as a tensor [F, 3, H, W] or
+        [B, F, 3, H, W] in 0..1, an array [F, H, W, 3] in 0..1 or of bytes, or a list of PIL
+        pictures. The prompt should say what it shows.
+    Methods that are on stay on, and so does everything after the call.
+
+    Raises ValueError where FreeSwim cannot work on the pipeline, with what is accepted.
+    """
+    knobs = {name: arguments.pop(name) for name in _KNOBS if name in arguments}
+    method = FreeSwim(target=target, **knobs)
+    handle = api.handle_of(pipe)
+    before = handle.methods if isinstance(handle, api.Handle) else ()
+    strict = handle._session.strict if isinstance(handle, api.Handle) else None
+    clip = {} if video is None else {CLIP: as_frames(video)}
+    api.enable(pipe, *(m for m in before if m.kind != "sampling"), method, strict=strict)
+    try:
+        with attributes(pipe, **clip):
+            return pipe(*args, **arguments)
+    finally:
+        if before:
+            api.enable(pipe, *before, strict=strict)
+        else:
+            api.disable(pipe)
+
+
+def as_frames(video: Any) -> Tensor:
+    """Any clip that `upscale_video` takes as float32 [B, F, 3, H, W] in 0..1."""
+    import numpy as np
+
+    if isinstance(video, Sequence) and video and not isinstance(video[0], Tensor):
+        video = np.stack([np.asarray(picture) for picture in video])
+    if isinstance(video, Sequence) and video:
+        video = torch.stack(list(video))
+    if not isinstance(video, Tensor):
+        video = torch.from_numpy(np.ascontiguousarray(video)).movedim(-1, -3)
+    if video.dtype == torch.uint8:
+        video = video.float() / 255
+    video = video.float()
+    video = video[None] if video.ndim == 4 else video
+    if video.ndim != 5 or video.shape[2] != 3:
+        raise ValueError(f"video of shape {tuple(video.shape)} is no clip: accepted are tensors "
+                         "[F, 3, H, W] or [B, F, 3, H, W], arrays [F, H, W, 3], or PIL pictures")
+    if video.min() < 0 or video.max() > 1:
+        raise ValueError(f"video has values from {float(video.min()):.3g} to "
+                         f"{float(video.max()):.3g}: accepted are 0 to 1, or bytes")
+    return video
