@@ -78,10 +78,15 @@ def _axis(size: int, window: int, stride: int, causal: bool) -> Bounds:
 
 
 @lru_cache(maxsize=64)
-def table(window: Window, device: torch.device) -> Tensor:
-    """`bounds` as int32 [2, frames + height + width]: all low ones, then all high ones."""
+def table(window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`bounds` as two int32 [frames + height + width], the low ones and the high ones.
+
+    Both start at a multiple of 16 bytes, for which kernels are compiled.
+    """
     rows = [[n for axis in bounds(window) for n in axis[side]] for side in (0, 1)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    rows = [row + [0] * (-len(row) % 4) for row in rows]
+    low, high = torch.tensor(rows, dtype=torch.int32, device=device)
+    return low, high
 
 
 @dataclass(frozen=True)

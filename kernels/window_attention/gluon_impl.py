@@ -52,14 +52,14 @@ def broken(device: torch.device) -> str | None:
             found = run(q, k, v, window, before=0, key_mask=None, scale=0.125)
     except Exception as error:  # whatever a compiler or driver throws is a reason
         return f"{type(error).__name__}: {error}"
-    bounds = table(window, device)
+    low, high = table(window, device)
     coordinates = [torch.arange(n, device=device) for n in window.grid]
     visible = torch.ones((), dtype=torch.bool, device=device)
     at = 0
     for n, place in zip(window.grid, torch.meshgrid(*coordinates, indexing="ij"), strict=True):
         place = place.flatten()
-        low, high = (bounds[side, at : at + n][place][:, None] for side in (0, 1))
-        visible = visible & (place >= low) & (place < high)
+        first, end = (side[at : at + n][place][:, None] for side in (low, high))
+        visible = visible & (place >= first) & (place < end)
         at += n
     visible = torch.nn.functional.pad(visible, (0, 5, 0, 5), value=True)
     q, k, v = (x.float()[0, :, 0] for x in (q, k, v))
@@ -116,14 +116,18 @@ def arguments(
     half = [n // 2 if i == split else n for i, n in enumerate(found.query)]
     start = [n if i == split else 0 for i, n in enumerate(half)]
     tiles = found.tiles[0] * found.tiles[1] * found.tiles[2]
-    bounds = table(window, query.device)
+    frames, height, width = window.grid
+    end = before + window.tokens
+    low, high = table(window, query.device)
     maps = [_grid_map(role, x, window, before, sides, BD) for role, x, sides in (
         ("q", query, half), ("k", key, found.key), ("v", value, found.key), ("o", output, half))]
     maps += [_text_map(role, x, BD) for role, x in (("k", key), ("v", value))]
-    mask = bounds if key_mask is None else key_mask.view(torch.uint8)
+    mask = low if key_mask is None else key_mask.view(torch.uint8)
     args = (
-        *maps, bounds, mask, state[4:], state, *window.grid, tiles, *found.tiles[1:], before, S,
-        H // key.shape[1], tiles * H,
+        *maps, low, high, mask, state[4:], state,
+        frames, frames + height, height, width, frames - 1, height - 1, width - 1,
+        tiles, found.tiles[1] * found.tiles[2], found.tiles[2], before, end, S,
+        -(-before // KEYS), -(-before // KEYS) - (end - S) // KEYS, H // key.shape[1], tiles * H,
         # the kernel's exponentials are powers of two
         scale * 1.4426950408889634,
     )

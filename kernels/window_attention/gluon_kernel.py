@@ -19,47 +19,50 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-SIZES = ["T", "H", "W", "TILES", "TILES_H", "TILES_W", "BEFORE", "S", "GROUPS", "WORK"]
+# T, TH: where the bounds of height and width begin. H, W: sides. LT, LH, LW: last coordinates.
+# TILES, PLANE, ROW: tiles of queries of a head, of a frame and of a row of tiles. BEFORE, END, S:
+# tokens before the grid, up to its end, in all. N_BEFORE, N_TEXT: tiles of the keys before the
+# grid, and of all outside it. The host computes them: what a kernel derives at its start spills.
+SIZES = ["T", "TH", "H", "W", "LT", "LH", "LW", "TILES", "PLANE", "ROW", "BEFORE", "END", "S",
+         "N_BEFORE", "N_TEXT", "GROUPS", "WORK"]
 # stands for minus infinity, and what no real score falls below
 LOWEST = gl.constexpr(-1e30)
 NOTHING = gl.constexpr(-1e20)
 
 
 @gluon.jit
-def _axis(bounds, total, base, first, size, QUERIES: gl.constexpr):
+def _axis(low, high, base, first, most, QUERIES: gl.constexpr):
     """Of the tile that starts at `first`: the run of keys that any of its queries sees, and the run
     that all see. Bounds never fall, so first and last query decide."""
-    last = gl.minimum(first + QUERIES, size) - 1
-    begin = gl.load(bounds + base + first)
-    end = gl.load(bounds + total + base + last)
-    inner = gl.load(bounds + base + last)
-    outer = gl.load(bounds + total + base + first)
+    last = gl.minimum(first + QUERIES - 1, most)
+    begin = gl.load(low + base + first)
+    end = gl.load(high + base + last)
+    inner = gl.load(low + base + last)
+    outer = gl.load(high + base + first)
     return begin, end, inner, outer
 
 
 @gluon.jit
 def _tile(
-    w, sizes, bounds, QT: gl.constexpr, QH: gl.constexpr, QW: gl.constexpr, KT: gl.constexpr,
-    KH: gl.constexpr, KW: gl.constexpr, BN: gl.constexpr,
+    w, sizes, low, high, QT: gl.constexpr, QH: gl.constexpr, QW: gl.constexpr, KT: gl.constexpr,
+    KH: gl.constexpr, KW: gl.constexpr,
 ):
     """Of a work item: head, first query, the runs of keys on each axis, tiles of keys in the grid
     and in all. Heads outermost, K stays in L2."""
-    T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK = sizes
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
     i_h = w // TILES
     i_tile = w % TILES
-    q_t = i_tile // (TILES_H * TILES_W) * QT
-    q_h = i_tile // TILES_W % TILES_H * QH
-    q_w = i_tile % TILES_W * QW
-    total = T + H + W
-    run_t = _axis(bounds, total, 0, q_t, T, QT)
-    run_h = _axis(bounds, total, T, q_h, H, QH)
-    run_w = _axis(bounds, total, T + H, q_w, W, QW)
+    q_t = i_tile // PLANE * QT
+    q_h = i_tile % PLANE // ROW * QH
+    q_w = i_tile % ROW * QW
+    run_t = _axis(low, high, 0, q_t, LT, QT)
+    run_h = _axis(low, high, T, q_h, LH, QH)
+    run_w = _axis(low, high, TH, q_w, LW, QW)
     n_t = (run_t[1] - run_t[0] + KT - 1) // KT
     n_h = (run_h[1] - run_h[0] + KH - 1) // KH
     n_w = (run_w[1] - run_w[0] + KW - 1) // KW
     n_boxes = n_t * n_h * n_w
-    n = n_boxes + (BEFORE + BN - 1) // BN + (S - BEFORE - T * H * W + BN - 1) // BN
-    return i_h, (q_t, q_h, q_w), (run_t, run_h, run_w), n_boxes, n
+    return i_h, (q_t, q_h, q_w), (run_t, run_h, run_w), n_boxes, n_boxes + N_TEXT
 
 
 @gluon.jit
@@ -80,10 +83,9 @@ def _next(at, runs, KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr):
 @gluon.jit
 def _text(i, sizes, BN: gl.constexpr):
     """Of tile `i` of the tokens outside the grid: the first token, and where its part ends."""
-    T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK = sizes
-    n_before = (BEFORE + BN - 1) // BN
-    first = gl.where(i < n_before, i * BN, BEFORE + T * H * W + (i - n_before) * BN)
-    return first, gl.where(i < n_before, BEFORE, S)
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
+    first = gl.where(i < N_BEFORE, i * BN, END + (i - N_BEFORE) * BN)
+    return first, gl.where(i < N_BEFORE, BEFORE, S)
 
 
 @gluon.jit
@@ -118,14 +120,14 @@ def _producer(
     q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc = descs
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    bounds, key_mask, masked, taken = pointers
-    T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK = sizes
+    low, high, key_mask, masked, taken = pointers
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
     i_kv = 0
     i_work = 0
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     w = gl.program_id(0)
     while w < WORK:
-        i_h, first, runs, n_boxes, n = _tile(w, sizes, bounds, QT, QH, QW, KT, KH, KW, BN)
+        i_h, first, runs, n_boxes, n = _tile(w, sizes, low, high, QT, QH, QW, KT, KH, KW)
         q_t, q_h, q_w = first
         i_kh = i_h // GROUPS
         i_qst = i_work % QST
@@ -191,13 +193,13 @@ def _raise(s, cost, KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, sl: gl
 
 @gluon.jit
 def _row_bounds(
-    bounds, total, base, first, size, INNER: gl.constexpr, SIDE: gl.constexpr,
+    low, high, base, first, most, INNER: gl.constexpr, SIDE: gl.constexpr,
     OFFSET: gl.constexpr, layout: gl.constexpr,
 ):
     """First key and end of every row of a warpgroup on one axis; rows beyond it repeat the last."""
     row = gl.arange(0, 64, layout=layout)
-    at = gl.minimum(first + OFFSET + row // INNER % SIDE, size - 1)
-    return gl.load(bounds + base + at), gl.load(bounds + total + base + at)
+    at = gl.minimum(first + OFFSET + row // INNER % SIDE, most)
+    return gl.load(low + base + at), gl.load(high + base + at)
 
 
 @gluon.jit
@@ -215,7 +217,7 @@ def _adjust(
     USE_MASK: gl.constexpr, sl: gl.constexpr,
 ):
     """LOWEST for keys that a row does not see."""
-    T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK = sizes
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
     col = gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
     if j < n_boxes:
         s_t, s_h, s_w = at
@@ -234,9 +236,9 @@ def _adjust(
         # the outer branch is taken when compiling
         if USE_MASK:  # noqa: SIM102
             if masked != 0:
-                c_t = gl.minimum(s_t + col // (KH * KW), T - 1)
-                c_h = gl.minimum(s_h + col // KW % KH, H - 1)
-                c_w = gl.minimum(s_w + col % KW, W - 1)
+                c_t = gl.minimum(s_t + col // (KH * KW), LT)
+                c_h = gl.minimum(s_h + col // KW % KH, LH)
+                c_w = gl.minimum(s_w + col % KW, LW)
                 s = _mask_keys(s, BEFORE + (c_t * H + c_h) * W + c_w, key_mask, sl)
     else:
         first, end = _text(j - n_boxes, sizes, BN)
@@ -259,8 +261,8 @@ def _consumer(
     q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc = descs
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    bounds, key_mask, masked_p, taken = pointers
-    T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK = sizes
+    low, high, key_mask, masked_p, taken = pointers
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
     BD: gl.constexpr = q_desc.block_type.shape[4]
     # sides of the box of this warpgroup's 64 queries
     RT: gl.constexpr = q_desc.block_type.shape[0]
@@ -287,14 +289,14 @@ def _consumer(
     mbarrier.wait(q_full.index(0), 0)
     w = _read(box.index(0))
     while w < WORK:
-        i_h, q_first, runs, n_boxes, n = _tile(w, sizes, bounds, QT, QH, QW, KT, KH, KW, BN)
+        i_h, q_first, runs, n_boxes, n = _tile(w, sizes, low, high, QT, QH, QW, KT, KH, KW)
         q_t, q_h, q_w = q_first
         low_t, high_t = _row_bounds(
-            bounds, T + H + W, 0, q_t, T, RH * RW, RT, WG * CT, rows_t)
+            low, high, 0, q_t, LT, RH * RW, RT, WG * CT, rows_t)
         low_h, high_h = _row_bounds(
-            bounds, T + H + W, T, q_h, H, RW, RH, WG * CH, rows_h)
+            low, high, T, q_h, LH, RW, RH, WG * CH, rows_h)
         low_w, high_w = _row_bounds(
-            bounds, T + H + W, T + H, q_w, W, 1, RW, WG * CW, rows_w)
+            low, high, TH, q_w, LW, 1, RW, WG * CW, rows_w)
         rows = (low_t, high_t, low_h, high_h, low_w, high_w)
         at = (runs[0][0], runs[1][0], runs[2][0])
         i_qst = i_work % QST
@@ -369,8 +371,8 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=SIZES)
 def window_attention_hopper_kernel(
-    q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc, bounds, key_mask, masked, taken,
-    T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK, scale,
+    q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc, low, high, key_mask, masked, taken,
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK, scale,
     QT: gl.constexpr, QH: gl.constexpr, QW: gl.constexpr,
     KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
     CT: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
@@ -405,19 +407,22 @@ def window_attention_hopper_kernel(
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-                     (bounds, key_mask, masked, taken),
-                     (T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK), scale,
+                     (low, high, key_mask, masked, taken),
+                     (T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT,
+                      GROUPS, WORK), scale,
                      QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-                     (bounds, key_mask, masked, taken),
-                     (T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK), scale,
+                     (low, high, key_mask, masked, taken),
+                     (T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT,
+                      GROUPS, WORK), scale,
                      QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-                     (bounds, key_mask, masked, taken),
-                     (T, H, W, TILES, TILES_H, TILES_W, BEFORE, S, GROUPS, WORK), scale,
+                     (low, high, key_mask, masked, taken),
+                     (T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT,
+                      GROUPS, WORK), scale,
                      QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

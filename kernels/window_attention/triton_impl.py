@@ -63,10 +63,10 @@ def arguments(
     found = boxes(window, BM, BN)
     strides = [n for x in (query, key, value, output) for n in x.stride()[:3]]
     unit = 8 if all(n % 8 == 0 for n in strides) else 1
-    bounds = table(window, query.device)
+    low, high = table(window, query.device)
     args = (
-        query, key, value, output, bounds,
-        bounds if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        query, key, value, output, low, high,
+        low if key_mask is None else key_mask.contiguous().view(torch.uint8),
         *(n // unit for n in strides), *window.grid, *found.tiles[1:], before, S, H,
         H // key.shape[2],
         # the kernel's exponentials are powers of two

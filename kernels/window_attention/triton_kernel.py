@@ -31,14 +31,14 @@ def fold(b_s, b_v, b_m, b_l, b_o, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def axis(bounds, total, base, first, size, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def axis(low, high, base, first, size, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Of the tile that starts at `first`: where its keys begin, how many boxes they fill, and the
     run that all its queries see. Bounds never fall, so first and last query decide."""
     last = tl.minimum(first + QUERIES, size) - 1
-    begin = tl.load(bounds + base + first)
-    end = tl.load(bounds + total + base + last)
-    inner = tl.load(bounds + base + last)
-    outer = tl.load(bounds + total + base + first)
+    begin = tl.load(low + base + first)
+    end = tl.load(high + base + last)
+    inner = tl.load(low + base + last)
+    outer = tl.load(high + base + first)
     return begin, (end - begin + KEYS - 1) // KEYS, inner, outer
 
 
@@ -51,7 +51,7 @@ def cost(start, low, high, KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_fwd_kernel(
-    q, k, v, o, bounds, key_mask,
+    q, k, v, o, low, high, key_mask,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh,
     T, H, W, TILES_H, TILES_W, BEFORE, S, HEADS, GROUPS, scale,
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
@@ -72,10 +72,9 @@ def window_attention_fwd_kernel(
     q_t = i_tile // (TILES_H * TILES_W) * QT
     q_h = i_tile // TILES_W % TILES_H * QH
     q_w = i_tile % TILES_W * QW
-    total = T + H + W
-    k_t, n_t, in_t, out_t = axis(bounds, total, 0, q_t, T, QT, KT)
-    k_h, n_h, in_h, out_h = axis(bounds, total, T, q_h, H, QH, KH)
-    k_w, n_w, in_w, out_w = axis(bounds, total, T + H, q_w, W, QW, KW)
+    k_t, n_t, in_t, out_t = axis(low, high, 0, q_t, T, QT, KT)
+    k_h, n_h, in_h, out_h = axis(low, high, T, q_h, H, QH, KH)
+    k_w, n_w, in_w, out_w = axis(low, high, T + H, q_w, W, QW, KW)
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -87,9 +86,9 @@ def window_attention_fwd_kernel(
     m_m = (r_t < T) & (r_h < H) & (r_w < W)
     # rows beyond the grid repeat its last ones, and are not stored
     r_t, r_h, r_w = tl.minimum(r_t, T - 1), tl.minimum(r_h, H - 1), tl.minimum(r_w, W - 1)
-    low_t, high_t = tl.load(bounds + r_t), tl.load(bounds + total + r_t)
-    low_h, high_h = tl.load(bounds + T + r_h), tl.load(bounds + total + T + r_h)
-    low_w, high_w = tl.load(bounds + T + H + r_w), tl.load(bounds + total + T + H + r_w)
+    low_t, high_t = tl.load(low + r_t), tl.load(high + r_t)
+    low_h, high_h = tl.load(low + T + r_h), tl.load(high + T + r_h)
+    low_w, high_w = tl.load(low + T + H + r_w), tl.load(high + T + H + r_w)
     token = (BEFORE + (r_t * H + r_h) * W + r_w).to(tl.int64)
 
     # [BM, BD]

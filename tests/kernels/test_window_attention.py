@@ -72,9 +72,9 @@ def test_pairs_and_table():
     window = Window((3, 4, 5), (2, 4, 3), (1, 1, 2), (True, False, False))
     t, h, w = bounds(window)
     assert window.pairs == (1 + 2 + 2) * 16 * 15
-    rows = table(window, torch.device("cpu"))
-    assert rows.dtype == torch.int32
-    assert rows[0].tolist() == [*t[0], *h[0], *w[0]] and rows[1].tolist() == [*t[1], *h[1], *w[1]]
+    for side, row in enumerate(table(window, torch.device("cpu"))):
+        assert row.dtype == torch.int32 and row.data_ptr() % 16 == 0
+        assert row[:12].tolist() == [*t[side], *h[side], *w[side]]
 
 
 @pytest.mark.parametrize("changes, words", [
