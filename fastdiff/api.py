@@ -17,6 +17,7 @@ from fastdiff.config import from_plan, make_methods, to_plan
 from fastdiff.method import Host, Method, Part
 from fastdiff.pipelines.families import families, family_of
 from fastdiff.pipelines.families.generic import GENERIC
+from fastdiff.pipelines.staged.call import unwrap_call
 from fastdiff.policies import Policy
 from fastdiff.report import Report
 from fastdiff.seam import Denoiser, attention_modules, disarm
@@ -42,6 +43,7 @@ class Handle:
         # weak: the last layer that ran is remembered, and would keep every weight alive
         self._pipe: Callable[[], Any] = lambda: None
         self._scheduler: Any = None
+        self._models = [ref(part.model) for part in models.values()]
 
     def __deepcopy__(self, memo: dict) -> "Handle":
         # a copied model must not copy the whole pipeline with it
@@ -82,6 +84,10 @@ class Handle:
     def _arm(self) -> None:
         for denoiser in self._denoisers:
             denoiser.arm()
+
+    def _drives(self, model: Any) -> bool:
+        """Whether this handle was made for `model` itself, not for one it was copied from."""
+        return any(held() is model for held in self._models)
 
     def _take_out(self) -> None:
         """Detach every method, last one first."""
@@ -182,7 +188,7 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
 def disable(target: Any) -> None:
     """Take everything out again; the pipeline is then stock, bit for bit. Safe to call twice."""
     handle = getattr(target, "__dict__", {}).get(HANDLE)
-    if handle is not None and (handle._pipe() is target or handle._pipe() is None):
+    if handle is not None and (handle._pipe() is target or handle._drives(target)):
         handle._take_out()
     if handle is not None and handle._pipe() is target:
         # the one that was armed, should the user have replaced it since
@@ -191,10 +197,13 @@ def disable(target: Any) -> None:
     for model in _candidates(target).values():
         held = model.__dict__.pop(HANDLE, None)
         if held is not None:
-            held._take_out()
+            if held._drives(model):
+                held._take_out()
             model.__dict__.pop("cache_context", None)
             disarm(model)
     getattr(target, "__dict__", {}).pop(HANDLE, None)
+    # a copy of a wrapped pipeline is wrapped too
+    unwrap_call(target)
 
 
 def find_denoisers(target: Any) -> dict[str, nn.Module]:

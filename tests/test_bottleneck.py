@@ -359,17 +359,21 @@ def test_what_cannot_run_in_stages_is_refused_when_enabled():
     assert not pipe.fastdiff.enabled
 
 
-@pytest.mark.parametrize("cls", ["WanImageToVideoPipeline", "FluxFillPipeline",
-                                 "FluxKontextPipeline", "CogVideoXImageToVideoPipeline",
-                                 "StableDiffusionXLInpaintPipeline",
-                                 "StableDiffusionControlNetPipeline"])
-def test_pipelines_with_a_condition_of_the_full_size_are_not_accepted(cls):
+@pytest.mark.parametrize("cls", [
+    "WanVACEPipeline", "WanVideoToVideoPipeline", "FluxImg2ImgPipeline", "FluxControlPipeline",
+    "FluxInpaintPipeline", "FluxControlNetPipeline", "CogVideoXVideoToVideoPipeline",
+    "CogVideoXFunControlPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline",
+    "HunyuanVideoImageToVideoPipeline", "StableDiffusion3InpaintPipeline",
+    "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionXLControlNetUnionPipeline"])
+def test_pipelines_without_an_adapter_are_not_accepted(cls):
     """By the names in the families' records; a condition would meet latents of another size."""
     from fastdiff.pipelines.families import families
 
     names = {base.__name__ for base in getattr(diffusers, cls).__mro__}
     for family in families():
-        assert family.staging is None or not names & {*family.staging.pipelines}
+        if family.staging is not None:
+            assert not names & {*family.staging.pipelines, *family.staging.conditions}
 
 
 def test_a_scheduler_replaced_since_enable_is_used():
@@ -383,6 +387,107 @@ def test_a_scheduler_replaced_since_enable_is_used():
     stock = zoo.call("sd15", pipe)
     assert not any(key.startswith("_fastdiff") for key in vars(pipe.scheduler))
     assert stock.isfinite().all()
+
+
+def test_schedulers_that_came_and_went_are_left_alone():
+    pipe = zoo.build("sd15")
+    fastdiff.enable(pipe, staged())
+    used = []
+    for cls in (diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        used.append((pipe.scheduler, _state(pipe.scheduler)))
+        zoo.call("sd15", pipe)
+    for scheduler, state in used:
+        assert _state(scheduler) == state
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler cannot run in stages"):
+        zoo.call("sd15", pipe)
+    pipe.disable_fastdiff()
+    assert not any(key.startswith("_fastdiff") for s, _ in used for key in vars(s))
+
+
+def test_a_scheduler_that_a_callback_sets_stays():
+    pipe = zoo.build("sd15")
+    fastdiff.enable(pipe, staged())
+    other = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+    def replace(pipe, step, timestep, tensors):
+        if step == STEPS - 1:
+            pipe.scheduler = other
+        return tensors
+
+    zoo.call("sd15", pipe, callback_on_step_end=replace)
+    assert pipe.scheduler is other
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.NAMES if n != "pixart_sigma"])
+@pytest.mark.parametrize("stages", [STAGES, (Stage(0.5, 4), Stage(1, 2, 0.8))])
+def test_a_call_that_is_stopped_in_a_low_stage_has_the_asked_size(name, stages):
+    """One more evaluation is made, and its clean estimate is brought to the size of the call."""
+    pipe = zoo.build(name)
+    stock = zoo.call(name, pipe)
+    fastdiff.enable(pipe, staged(stages=stages))
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step >= 2
+        return tensors
+
+    out = zoo.call(name, pipe, callback_on_step_end=stop)
+    assert out.shape == stock.shape and out.isfinite().all() and steps == [0, 1, 2, 3]
+    # the next call is whole again, and a full-size stage stops at once
+    steps.clear()
+    assert zoo.call(name, pipe, callback_on_step_end=lambda p, s, t, tensors: tensors).shape
+    if stages is STAGES:
+        def soon(pipe, step, timestep, tensors):
+            steps.append(step)
+            pipe._interrupt = step >= 5
+            return tensors
+
+        assert zoo.call(name, pipe, callback_on_step_end=soon).shape == stock.shape
+        assert steps == [0, 1, 2, 3, 4, 5]
+
+
+def test_pictures_of_a_stopped_call_are_of_the_asked_size():
+    pipe = zoo.build("flux")
+    fastdiff.enable(pipe, staged())
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return tensors
+
+    size = zoo.size("flux")
+    out = zoo.call("flux", pipe, callback_on_step_end=stop, output_type="np")
+    assert out.shape == (1, size["height"], size["width"], 3)
+
+
+def test_enabling_twice_wraps_once():
+    pipe = zoo.build("flux")
+    stock, cls = zoo.call("flux", pipe), type(pipe)
+    before = zoo.fingerprint(pipe)
+    for _ in range(2):
+        fastdiff.enable(pipe, staged())
+    assert type(pipe).__mro__[1] is cls
+    pipe.disable_fastdiff()
+    assert zoo.fingerprint(pipe) == before and torch.equal(zoo.call("flux", pipe), stock)
+
+
+def test_a_copy_of_a_pipeline_goes_on_and_is_left_on_its_own():
+    pipe = zoo.build("flux")
+    stock = zoo.call("flux", pipe)
+    fastdiff.enable(pipe, staged())
+    out = zoo.call("flux", pipe)
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(zoo.call("flux", twin), out)
+    fastdiff.disable(twin)
+    assert torch.equal(zoo.call("flux", twin), stock) and not twin.fastdiff.enabled
+    assert torch.equal(zoo.call("flux", pipe), out) and pipe.fastdiff.enabled
+    fastdiff.enable(twin, BottleneckSampling(stages=[Stage(1, 2)]))
+    assert torch.equal(zoo.call("flux", twin), stock)
+    assert torch.equal(zoo.call("flux", pipe), out)
+    pipe.disable_fastdiff()
+    assert torch.equal(zoo.call("flux", pipe), stock)
 
 
 def test_other_pipelines_are_not_touched():

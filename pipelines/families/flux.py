@@ -13,7 +13,7 @@ from fastdiff.pipelines.families.base import (
     Staging,
     text_tokens,
 )
-from fastdiff.pipelines.families.pictures import pictures_only, whole_strength
+from fastdiff.pipelines.staged.refuse import pictures_only, whole_strength
 
 
 def read(model: nn.Module, arguments: Arguments) -> TokenLayout | tuple[TokenLayout, Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdiff.layout import TokenLayout
 from fastdiff.pipelines.families.base import Arguments, Condition, Family, Staging
-from fastdiff.pipelines.families.pictures import pictures_only, whole_strength
+from fastdiff.pipelines.staged.refuse import pictures_only, whole_strength
 
 
 def read(block: nn.Module, arguments: Arguments) -> TokenLayout:
