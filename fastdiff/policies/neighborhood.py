@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
+from fastdiff.kernels.window_attention import Window, window_attention
+from fastdiff.kernels.window_attention import chosen as chosen_kernel
 from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile
 from fastdiff.method import check
 from fastdiff.policies.base import Attended, Context, Policy, Terms
@@ -18,7 +20,7 @@ from fastdiff.policies.partition import axis_product, block_size, blocks_of, gri
 from fastdiff.policies.static import Pattern, pattern
 from fastdiff.policies.windows import Axis, axis, cut_blocks, cut_tiles
 
-PATHS = ("auto", "blocks", "gathered")
+PATHS = ("auto", "blocks", "windows", "gathered")
 AXES = "thw"
 # borders of windows may cut tiles into so many blocks each before gathering is cheaper
 PIECES = 4
@@ -39,12 +41,13 @@ class Neighborhood(Policy):
     causal: axes that look back only, letters out of "thw".
     alternate: odd layers take the widest dilation that fits, even layers none (DiNAT).
     path: how it is computed, with one result: "blocks" cuts tiles where windows end and runs on the
-        block-sparse kernel; "gathered" masks inside the tiles; "auto" takes blocks unless they get
-        too small. The pooled tail needs blocks.
+        block-sparse kernel; "windows" runs on a kernel of its own, on a GPU, without gradients,
+        dilation or sink; "gathered" masks inside the tiles with torch. "auto" takes blocks unless
+        they get too small, then windows where that kernel can run. The pooled tail needs blocks.
 
     Sources: arXiv 2204.07143 (window), 2209.15001 (dilation, alternation), 2504.16922 (stride).
     Cost: the window's share of dense attention with a stride of whole tiles; with a stride of one
-    also the rim of every tile, and a gather. Limits: nothing outside the window is seen; made for
+    also the rim of every tile. Limits: nothing outside the window is seen; made for
     trained models, so keep windows large.
     """
 
@@ -63,8 +66,13 @@ class Neighborhood(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.path in PATHS, "path", self.path, f"one of {', '.join(PATHS)}")
-        check(not (self.tail and self.path == "gathered"), "tail", self.tail,
-              "False with path='gathered'")
+        check(not (self.tail and self.path in ("windows", "gathered")), "tail", self.tail,
+              f"False with path={self.path!r}")
+        if self.path == "windows":
+            for knob in ("sink", "dilation", "alternate"):
+                value = getattr(self, knob)
+                check(value in (None, 0, False, (1, 1, 1)), knob, value,
+                      "none of it with path='windows'")
         check(isinstance(self.causal, str) and set(self.causal) <= set(AXES), "causal",
               self.causal, "letters out of 'thw': time, height, width")
         check(not (self.alternate and self.dilation), "dilation", self.dilation,
@@ -123,6 +131,15 @@ class Neighborhood(Policy):
             found.append((k, s, size // k if widest else d))
         return found
 
+    def exact_window(self, layout: TokenLayout, tile: Grid, layer: int) -> Window | None:
+        """The windows of this layer as the kernel for them takes them; None where some dilate."""
+        sizes = self._sizes(layout, tile, self.alternate and layer % 2 == 1)
+        window, stride, dilation = zip(*sizes, strict=True)
+        if dilation != (1, 1, 1):
+            return None
+        t, h, w = (name in self.causal for name in AXES)
+        return Window(layout.grid, window, stride, (t, h, w))
+
     def _plan(self, query: Tensor, context: Context) -> "Plan":
         layout = context.layout
         tile = self.tile or auto_tile(layout.grid, block_size(layout, query))
@@ -146,16 +163,38 @@ class Neighborhood(Policy):
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, terms: Terms
     ) -> Attended | None:
         plan = self._plan(query, context)
+        if plan.window is not None:
+            impl = self._kernel(query, key, value, terms)
+            if impl is not None:
+                out = window_attention(
+                    query, key, value, grid=plan.window.grid, window=plan.window.window,
+                    stride=plan.window.stride, causal=plan.window.causal,
+                    before=context.layout.before, key_mask=terms.key_mask, scale=terms.scale,
+                    impl=impl)
+                return Attended(out, plan.density, f"windows, {impl}")
         if plan.gather is None:
             return None
         out = gathered_attention(query, key, value, plan.gather, terms)
         return Attended(out, plan.density, "gathered")
 
 
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> str | None:
+        """What computes windows in this call; None where something else must, in path "auto"."""
+        try:
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+                raise ValueError("path='windows' has no gradients; path='auto' finds one that does")
+            return chosen_kernel(query, key, value, impl=terms.impl)
+        except ValueError:
+            if self.path == "windows":
+                raise
+            return None
+
+
 class Plan:
     """All that is the same at every call with one layout: made once, on the host."""
 
     gather: Gather | None = None
+    window: Window | None = None
     tiles: Tiling
     pattern: Pattern
     density: Tensor
@@ -173,8 +212,11 @@ def _plan(
     plain = math.prod(math.ceil(n / t) for n, t in zip(layout.grid, tile, strict=True))
     plan = Plan()
     small = policy.path == "auto" and not policy.tail and blocks > PIECES * plain
-    if policy.path == "gathered" or small:
-        plan.gather = _gather(layout, axes, tile, lead, device)
+    if policy.path in ("windows", "gathered") or small:
+        if policy.path != "gathered" and not lead:
+            plan.window = policy.exact_window(layout, tile, layer)
+        if policy.path != "windows":
+            plan.gather = _gather(layout, axes, tile, lead, device)
         plan.density = torch.tensor(_density(layout, axes, lead), device=device)
         return plan
     ids = axis_product(*(block for block, _ in cuts))

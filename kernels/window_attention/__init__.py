@@ -38,7 +38,8 @@ def window_attention(
 
     Nothing is permuted and no list or mask is made. Each tile of queries, a box of the grid, walks
     the box that its windows cover in boxes of keys; those that every query of the tile sees whole
-    need no mask. Not differentiable. Sources: arXiv 2204.07143 (window), 2504.16922 (stride).
+    need no mask. Gradients: the reference only. Sources: arXiv 2204.07143 (window), 2504.16922
+    (stride).
     """
     found = Window(grid, window, stride, causal)
     _check(query, key, value, found, before, key_mask)
@@ -46,7 +47,12 @@ def window_attention(
         scale = 1 / math.sqrt(query.shape[-1])
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    module = _module(chosen(query, key, value, impl=impl))
+    name = chosen(query, key, value, impl=impl)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if wanted and name != "reference":
+        raise ValueError(f"window_attention has no gradients with impl={name!r}; detach the "
+                         "inputs, or take impl='reference'")
+    module = _module(name)
     return module.run(query, key, value, found, before=before, key_mask=key_mask, scale=scale)
 
 

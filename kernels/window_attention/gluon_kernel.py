@@ -49,7 +49,9 @@ def _tile(
 ):
     """Of a work item: head, first query, the runs of keys on each axis, tiles of keys in the grid
     and in all. Heads outermost, K stays in L2."""
-    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
+    grid, tiles, parts, GROUPS, WORK = sizes
+    TILES, PLANE, ROW = tiles
+    T, TH, H, W, LT, LH, LW = grid
     i_h = w // TILES
     i_tile = w % TILES
     q_t = i_tile // PLANE * QT
@@ -62,7 +64,7 @@ def _tile(
     n_h = (run_h[1] - run_h[0] + KH - 1) // KH
     n_w = (run_w[1] - run_w[0] + KW - 1) // KW
     n_boxes = n_t * n_h * n_w
-    return i_h, (q_t, q_h, q_w), (run_t, run_h, run_w), n_boxes, n_boxes + N_TEXT
+    return i_h, (q_t, q_h, q_w), (run_t, run_h, run_w), n_boxes, n_boxes + parts[4]
 
 
 @gluon.jit
@@ -83,7 +85,8 @@ def _next(at, runs, KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr):
 @gluon.jit
 def _text(i, sizes, BN: gl.constexpr):
     """Of tile `i` of the tokens outside the grid: the first token, and where its part ends."""
-    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
+    grid, tiles, parts, GROUPS, WORK = sizes
+    BEFORE, END, S, N_BEFORE, N_TEXT = parts
     first = gl.where(i < N_BEFORE, i * BN, END + (i - N_BEFORE) * BN)
     return first, gl.where(i < N_BEFORE, BEFORE, S)
 
@@ -121,7 +124,7 @@ def _producer(
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     low, high, key_mask, masked, taken = pointers
-    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
+    grid, tiles, parts, GROUPS, WORK = sizes
     i_kv = 0
     i_work = 0
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -217,7 +220,9 @@ def _adjust(
     USE_MASK: gl.constexpr, sl: gl.constexpr,
 ):
     """LOWEST for keys that a row does not see."""
-    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
+    grid, tiles, parts, GROUPS, WORK = sizes
+    T, TH, H, W, LT, LH, LW = grid
+    BEFORE, END, S, N_BEFORE, N_TEXT = parts
     col = gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
     if j < n_boxes:
         s_t, s_h, s_w = at
@@ -262,7 +267,8 @@ def _consumer(
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     low, high, key_mask, masked_p, taken = pointers
-    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK = sizes
+    grid, tiles, parts, GROUPS, WORK = sizes
+    T, TH, H, W, LT, LH, LW = grid
     BD: gl.constexpr = q_desc.block_type.shape[4]
     # sides of the box of this warpgroup's 64 queries
     RT: gl.constexpr = q_desc.block_type.shape[0]
@@ -372,7 +378,8 @@ def _consumer(
 @gluon.jit(do_not_specialize=SIZES)
 def window_attention_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc, low, high, key_mask, masked, taken,
-    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK, scale,
+    T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT, GROUPS, WORK,
+    scale,
     QT: gl.constexpr, QH: gl.constexpr, QW: gl.constexpr,
     KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
     CT: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
@@ -408,21 +415,21 @@ def window_attention_hopper_kernel(
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                      (low, high, key_mask, masked, taken),
-                     (T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT,
-                      GROUPS, WORK), scale,
+                     ((T, TH, H, W, LT, LH, LW), (TILES, PLANE, ROW),
+                      (BEFORE, END, S, N_BEFORE, N_TEXT), GROUPS, WORK), scale,
                      QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                      (low, high, key_mask, masked, taken),
-                     (T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT,
-                      GROUPS, WORK), scale,
+                     ((T, TH, H, W, LT, LH, LW), (TILES, PLANE, ROW),
+                      (BEFORE, END, S, N_BEFORE, N_TEXT), GROUPS, WORK), scale,
                      QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                      (low, high, key_mask, masked, taken),
-                     (T, TH, H, W, LT, LH, LW, TILES, PLANE, ROW, BEFORE, END, S, N_BEFORE, N_TEXT,
-                      GROUPS, WORK), scale,
+                     ((T, TH, H, W, LT, LH, LW), (TILES, PLANE, ROW),
+                      (BEFORE, END, S, N_BEFORE, N_TEXT), GROUPS, WORK), scale,
                      QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -148,6 +148,46 @@ def test_equal_to_masked_dense(case, path, lead):
     assert density == pytest.approx(float(pairs.double().mean()), abs=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), masked_text=st.booleans())
+def test_windows_of_the_kernel_are_the_same(case, masked_text):
+    layout, window, stride, _, causal, tile = case
+    q, k, v = qkv(layout, 2, 2, 4, 1)
+    policy = Neighborhood(window=window, stride=stride, causal=causal, tile=tile, path="windows")
+    mask = None
+    if masked_text:
+        mask = torch.ones(2, layout.tokens, dtype=torch.bool)
+        mask[0, : layout.before] = False
+    out, density = run(policy, q, k, v, layout, 0, Terms(key_mask=mask, impl="reference"))
+    pairs = wanted_pairs(layout, window, stride, (1, 1, 1), causal)
+    near(out, masked(q, k, v, pairs if mask is None else pairs & mask[:, None, None]))
+    assert density == pytest.approx(float(pairs.double().mean()), abs=1e-6)
+
+
+def test_auto_takes_the_kernel_of_windows_where_it_runs():
+    layout = TokenLayout((4, 8, 8), 0, 3)
+    q, k, v = qkv(layout, 1)
+
+    def ran(impl="auto", layer=0, **options):
+        policy = Neighborhood(window=(2, 4, 4), stride=(1, 1, 1), **options)
+        attended = policy.attend(q, k, v, context_of(layout, layer), Terms(impl=impl))
+        assert attended is not None
+        return attended.implementation
+
+    assert ran("reference") == "windows, reference"
+    # not on a CPU, and not what it cannot compute
+    assert ran() == ran("torch") == "gathered"
+    assert ran("reference", sink=1) == ran("reference", path="gathered") == "gathered"
+    dilated = Neighborhood(window=(2, 4, 4), stride=(1, 1, 1), alternate=True)
+    assert dilated.exact_window(layout, (2, 4, 4), 0) is not None
+    assert dilated.exact_window(layout, (2, 4, 4), 1) is None
+    asked = Neighborhood(window=(2, 5, 5), stride=(1, 1, 1), path="windows")
+    with pytest.raises(ValueError, match="no implementation of window_attention"):
+        run(asked, q, k, v, layout)
+    with pytest.raises(ValueError, match="path='windows' has no gradients"):
+        run(asked, q.requires_grad_(), k, v, layout, 0, Terms(impl="reference"))
+
+
 @paths
 def test_key_mask_hides_text(path):
     layout = TokenLayout((3, 5, 6), 4, 5)
@@ -281,7 +321,9 @@ def test_alternate_layers_reach_far():
 @pytest.mark.parametrize("options", [
     {"window": (3, 3)}, {"window": (0, 3, 3)}, {"window": (1.5, 0.5, 0.5)}, {"window": 3},
     {"stride": (0, 1, 1)}, {"dilation": (0, 1, 1)}, {"dilation": (1.0, 1, 1)}, {"causal": "x"},
-    {"path": "flex"}, {"tail": True, "path": "gathered"},
+    {"path": "flex"}, {"tail": True, "path": "gathered"}, {"tail": True, "path": "windows"},
+    {"sink": 1, "path": "windows"}, {"dilation": (1, 2, 2), "path": "windows"},
+    {"alternate": True, "path": "windows"},
     {"dilation": (1, 2, 2), "alternate": True}, {"stride": (1, 4, 1), "window": (1, 3, 3)},
 ])
 def test_impossible_knobs_say_what_is_accepted(options):
