@@ -3,8 +3,6 @@
 # diffusers exports its classes lazily and annotates arguments narrowly
 # pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
 
-import copy
-import io
 import json
 
 import diffusers
@@ -18,7 +16,7 @@ from fastdiff.pipelines.bottleneck import BottleneckSampling, Stage
 from fastdiff.pipelines.families import family_of
 from fastdiff.pipelines.staged import run as staged_run
 
-STAGES = (Stage(1, 2), Stage(0.5, 3, 0.9), Stage(1, 2, 0.7))
+STAGES = (Stage(1, 1), Stage(0.5, 2, 0.9), Stage(1, 2, 0.7))
 STEPS = sum(stage.count(0) for stage in STAGES)
 each_family = pytest.mark.parametrize("name", zoo.NAMES)
 # schedulers with exact levels and without; the multistep ones among both
@@ -38,7 +36,7 @@ def staged(**changes):
     return BottleneckSampling(**{"stages": STAGES, "force": True, **changes})
 
 
-def _state(scheduler):
+def state_of(scheduler):
     """Everything in a scheduler, as comparable values."""
     state = {}
     for key, value in vars(scheduler).items():
@@ -62,10 +60,10 @@ def _watch(pipe):
 @each_family
 def test_one_stage_is_stock_bit_for_bit(name):
     pipe = zoo.build(name)
-    stock = zoo.call(name, pipe, num_inference_steps=3)
-    for stages in ([Stage()], [Stage(1, 3)]):
+    stock = zoo.call(name, pipe)
+    for stages in ([Stage()], [Stage(1, 2)]):
         fastdiff.enable(pipe, BottleneckSampling(stages=stages))
-        assert torch.equal(zoo.call(name, pipe, num_inference_steps=3), stock)
+        assert torch.equal(zoo.call(name, pipe), stock)
 
 
 @each_family
@@ -73,7 +71,7 @@ def test_one_stage_is_stock_bit_for_bit(name):
 def test_high_low_high_returns_the_asked_size_and_leaves_no_trace(name, transition):
     pipe = zoo.build(name)
     stock = zoo.call(name, pipe)
-    before, state = zoo.fingerprint(pipe), _state(pipe.scheduler)
+    before, state = zoo.fingerprint(pipe), state_of(pipe.scheduler)
     scheduler = pipe.scheduler
     fastdiff.enable(pipe, staged(transition=transition))
     seen, hook = _watch(pipe)
@@ -83,14 +81,14 @@ def test_high_low_high_returns_the_asked_size_and_leaves_no_trace(name, transiti
     assert pipe.fastdiff.clock.steps == pipe.fastdiff.clock.step == STEPS
     elements = [torch.Size(shape[1:]).numel() for shape, _ in seen]
     forwards = len(seen) // STEPS
-    low = elements[2 * forwards : 5 * forwards]
+    low = elements[forwards : 3 * forwards]
     # about a quarter of the cells, as far as small sides round
     assert max(low) < 0.4 * elements[0] and set(elements) == {elements[0], low[0]}
     assert torch.equal(zoo.call(name, pipe), out), "a seed makes the same picture again"
     assert not torch.equal(zoo.call(name, pipe, seed=1), out)
-    assert pipe.scheduler is scheduler and _state(scheduler)[1:] == state[1:]
+    assert pipe.scheduler is scheduler and state_of(scheduler)[1:] == state[1:]
     pipe.disable_fastdiff()
-    assert zoo.fingerprint(pipe) == before and _state(scheduler) == state
+    assert zoo.fingerprint(pipe) == before and state_of(scheduler) == state
     assert torch.equal(zoo.call(name, pipe), stock)
 
 
@@ -155,7 +153,8 @@ def test_noise_of_every_channel_has_the_right_strength(name, noise, monkeypatch)
 
     monkeypatch.setattr(staged_run, "renoise", spy)
     monkeypatch.setattr(staged_run.Run, "_cross", look)
-    fastdiff.enable(pipe, staged(noise=noise))
+    stages = [Stage(stage.scale, 1, stage.sigma_start) for stage in STAGES]
+    fastdiff.enable(pipe, staged(stages=stages, noise=noise))
     zoo.call(name, pipe)
     assert len(crossed) == len(levels) == 2
     for latents, level in zip(crossed, levels, strict=True):
@@ -191,18 +190,18 @@ def test_matched_noise(name):
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("transition", ["restart", "continue"])
-def test_other_schedulers(kind, transition):
+def test_other_schedulers(kind):
     cls, options = SCHEDULERS[kind]
-    pipe = zoo.build("sd15")
+    pipe, grid = zoo.build("sd15"), (1, 8, 9)
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
-    stock = zoo.call("sd15", pipe, num_inference_steps=4)
+    stock = zoo.call("sd15", pipe, grid=grid, num_inference_steps=3)
     fastdiff.enable(pipe, BottleneckSampling(stages=[Stage()]))
-    assert torch.equal(zoo.call("sd15", pipe, num_inference_steps=4), stock)
-    fastdiff.enable(pipe, staged(transition=transition))
-    out = zoo.call("sd15", pipe)
-    assert out.shape == stock.shape and out.isfinite().all()
-    assert float(out.std()) < 20 * float(stock.std())
+    assert torch.equal(zoo.call("sd15", pipe, grid=grid, num_inference_steps=3), stock)
+    for transition in ("restart", "continue"):
+        fastdiff.enable(pipe, staged(transition=transition))
+        out = zoo.call("sd15", pipe, grid=grid)
+        assert out.shape == stock.shape and out.isfinite().all()
+        assert float(out.std()) < 20 * float(stock.std())
 
 
 def test_cogvideox_with_its_own_solver():
@@ -234,59 +233,7 @@ def test_per_token_timesteps_follow_the_size():
     hook.remove()
     assert len({arguments["timestep"].shape for _, arguments in seen}) == 2
     levels = [float(arguments["timestep"][0, 0]) for _, arguments in seen]
-    assert levels[4] == 900 and len(set(levels)) > 4  # two branches a step
-
-
-def test_an_error_in_a_call_leaves_the_pipeline_as_it_was():
-    pipe = zoo.build("flux")
-    stock = zoo.call("flux", pipe)
-    scheduler, state, attributes = pipe.scheduler, _state(pipe.scheduler), {*vars(pipe)}
-    fastdiff.enable(pipe, staged())
-    entered, hooks = {*vars(pipe)}, len(zoo.denoiser(pipe)._forward_pre_hooks)
-
-    def fail(pipe, step, timestep, tensors):
-        if step == 3:
-            raise RuntimeError("stop here")
-        return tensors
-
-    with pytest.raises(RuntimeError, match="stop here"):
-        zoo.call("flux", pipe, callback_on_step_end=fail)
-    assert pipe.scheduler is scheduler and _state(scheduler)[1:] == state[1:]
-    # the pipeline itself notes how many steps its last call has
-    assert {*vars(pipe)} - {"_num_timesteps", "_current_timestep"} == entered - {
-        "_num_timesteps", "_current_timestep"}
-    assert len(zoo.denoiser(pipe)._forward_pre_hooks) == hooks
-    out = zoo.call("flux", pipe)
-    assert out.shape == stock.shape
-    pipe.disable_fastdiff()
-    assert {*vars(pipe)} == attributes
-    assert torch.equal(zoo.call("flux", pipe), stock)
-
-
-def test_the_bar_counts_real_steps_and_shows_the_stage():
-    pipe = zoo.build("sd3")
-    fastdiff.enable(pipe, staged())
-    out = io.StringIO()
-    pipe.set_progress_bar_config(disable=False, file=out, mininterval=0)
-    zoo.call("sd3", pipe)
-    shown = out.getvalue()
-    assert f"{STEPS}/{STEPS}" in shown
-    for number, size in enumerate(("40x36", "20x16", "40x36"), 1):
-        assert f"stage {number}/3, {size}" in shown
-
-
-def test_callbacks_see_the_latents_of_the_stage():
-    pipe = zoo.build("sdxl")
-    fastdiff.enable(pipe, staged())
-    sizes = []
-
-    def look(pipe, step, timestep, tensors):
-        sizes.append(tuple(tensors["latents"].shape[-2:]))
-        return tensors
-
-    zoo.call("sdxl", pipe, callback_on_step_end=look)
-    # after the last step of a stage they have the size of the next
-    assert sizes == [(20, 28), (10, 14), (10, 14), (10, 14), (20, 28), (20, 28), (20, 28)]
+    assert levels[2] == 900 and len(set(levels)) > 3  # two branches a step
 
 
 def test_the_report_tells_the_stages():
@@ -294,7 +241,7 @@ def test_the_report_tells_the_stages():
     fastdiff.enable(pipe, staged())
     zoo.call("wan", pipe)
     told = pipe.fastdiff.report.methods["bottleneck"]
-    assert told["stage 2"].startswith("32x64, 3 steps, noise 0.900 to 0.000")
+    assert told["stage 2"].startswith("32x64, 2 steps, noise 0.900 to 0.000")
     assert "not known" in told["smallest trained size"]
     assert "stage 2" in repr(pipe.fastdiff)
 
@@ -374,128 +321,3 @@ def test_pipelines_without_an_adapter_are_not_accepted(cls):
     for family in families():
         if family.staging is not None:
             assert not names & {*family.staging.pipelines, *family.staging.conditions}
-
-
-def test_a_scheduler_replaced_since_enable_is_used():
-    pipe = zoo.build("sd15")
-    fastdiff.enable(pipe, staged())
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    assert zoo.call("sd15", pipe).isfinite().all()
-    assert pipe.fastdiff.clock.steps == STEPS
-    pipe.disable_fastdiff()
-    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
-    stock = zoo.call("sd15", pipe)
-    assert not any(key.startswith("_fastdiff") for key in vars(pipe.scheduler))
-    assert stock.isfinite().all()
-
-
-def test_schedulers_that_came_and_went_are_left_alone():
-    pipe = zoo.build("sd15")
-    fastdiff.enable(pipe, staged())
-    used = []
-    for cls in (diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler):
-        pipe.scheduler = cls.from_config(pipe.scheduler.config)
-        used.append((pipe.scheduler, _state(pipe.scheduler)))
-        zoo.call("sd15", pipe)
-    for scheduler, state in used:
-        assert _state(scheduler) == state
-    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler cannot run in stages"):
-        zoo.call("sd15", pipe)
-    pipe.disable_fastdiff()
-    assert not any(key.startswith("_fastdiff") for s, _ in used for key in vars(s))
-
-
-def test_a_scheduler_that_a_callback_sets_stays():
-    pipe = zoo.build("sd15")
-    fastdiff.enable(pipe, staged())
-    other = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-
-    def replace(pipe, step, timestep, tensors):
-        if step == STEPS - 1:
-            pipe.scheduler = other
-        return tensors
-
-    zoo.call("sd15", pipe, callback_on_step_end=replace)
-    assert pipe.scheduler is other
-
-
-@pytest.mark.parametrize("name", [n for n in zoo.NAMES if n != "pixart_sigma"])
-@pytest.mark.parametrize("stages", [STAGES, (Stage(0.5, 4), Stage(1, 2, 0.8))])
-def test_a_call_that_is_stopped_in_a_low_stage_has_the_asked_size(name, stages):
-    """One more evaluation is made, and its clean estimate is brought to the size of the call."""
-    pipe = zoo.build(name)
-    stock = zoo.call(name, pipe)
-    fastdiff.enable(pipe, staged(stages=stages))
-    steps = []
-
-    def stop(pipe, step, timestep, tensors):
-        steps.append(step)
-        pipe._interrupt = step >= 2
-        return tensors
-
-    out = zoo.call(name, pipe, callback_on_step_end=stop)
-    assert out.shape == stock.shape and out.isfinite().all() and steps == [0, 1, 2, 3]
-    # the next call is whole again, and a full-size stage stops at once
-    steps.clear()
-    assert zoo.call(name, pipe, callback_on_step_end=lambda p, s, t, tensors: tensors).shape
-    if stages is STAGES:
-        def soon(pipe, step, timestep, tensors):
-            steps.append(step)
-            pipe._interrupt = step >= 5
-            return tensors
-
-        assert zoo.call(name, pipe, callback_on_step_end=soon).shape == stock.shape
-        assert steps == [0, 1, 2, 3, 4, 5]
-
-
-def test_pictures_of_a_stopped_call_are_of_the_asked_size():
-    pipe = zoo.build("flux")
-    fastdiff.enable(pipe, staged())
-
-    def stop(pipe, step, timestep, tensors):
-        pipe._interrupt = True
-        return tensors
-
-    size = zoo.size("flux")
-    out = zoo.call("flux", pipe, callback_on_step_end=stop, output_type="np")
-    assert out.shape == (1, size["height"], size["width"], 3)
-
-
-def test_enabling_twice_wraps_once():
-    pipe = zoo.build("flux")
-    stock, cls = zoo.call("flux", pipe), type(pipe)
-    before = zoo.fingerprint(pipe)
-    for _ in range(2):
-        fastdiff.enable(pipe, staged())
-    assert type(pipe).__mro__[1] is cls
-    pipe.disable_fastdiff()
-    assert zoo.fingerprint(pipe) == before and torch.equal(zoo.call("flux", pipe), stock)
-
-
-def test_a_copy_of_a_pipeline_goes_on_and_is_left_on_its_own():
-    pipe = zoo.build("flux")
-    stock = zoo.call("flux", pipe)
-    fastdiff.enable(pipe, staged())
-    out = zoo.call("flux", pipe)
-    twin = copy.deepcopy(pipe)
-    assert torch.equal(zoo.call("flux", twin), out)
-    fastdiff.disable(twin)
-    assert torch.equal(zoo.call("flux", twin), stock) and not twin.fastdiff.enabled
-    assert torch.equal(zoo.call("flux", pipe), out) and pipe.fastdiff.enabled
-    fastdiff.enable(twin, BottleneckSampling(stages=[Stage(1, 2)]))
-    assert torch.equal(zoo.call("flux", twin), stock)
-    assert torch.equal(zoo.call("flux", pipe), out)
-    pipe.disable_fastdiff()
-    assert torch.equal(zoo.call("flux", pipe), stock)
-
-
-def test_other_pipelines_are_not_touched():
-    one, other = zoo.build("sd3"), zoo.build("sd3")
-    stock = zoo.call("sd3", other)
-    before = zoo.fingerprint(other)
-    fastdiff.enable(one, staged())
-    assert zoo.fingerprint(other) == before and torch.equal(zoo.call("sd3", other), stock)
-    assert type(one).__name__ == type(other).__name__ and isinstance(one, type(other))
-    copied = copy.deepcopy(one.scheduler)
-    assert copied.config == one.scheduler.config
