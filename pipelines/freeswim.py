@@ -40,7 +40,8 @@ class FreeSwim(Method):
     shift: of the second stage's flow schedule. None: 9 for Wan, as published; others their own.
     scale_mult: factor on attention scores in the second stage, for more keys than in training.
     slide: "tile": neighbours in a tile share a window, and tiles need no mask inside; "token": the
-        windows of the paper, each query its own. Slower.
+        windows of the paper, each query its own, slower. "auto": tiles, unless a window is so small
+        that sharing it would move it by an eighth and more.
     cache: where the guide's text attention is kept: device, host, device-8-bit, host-8-bit, or none
         (the guide runs in every step). auto takes the first with room.
     folder: where a run leaves what it has made, so that the same call goes on after it was killed.
@@ -59,7 +60,7 @@ class FreeSwim(Method):
     strength: float = 0.7
     shift: float | None = None
     scale_mult: float = SCALE_MULT
-    slide: str = "tile"
+    slide: str = "auto"
     cache: str = "auto"
     folder: str | None = None
 

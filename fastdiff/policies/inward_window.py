@@ -20,6 +20,8 @@ Sides = tuple[int, int]
 
 # numbers of a tensor that a kernel is given at once
 MOST_NUMBERS = 1 << 30
+# of the window's side: longer tiles would leave too many queries far off its middle
+COARSE = 0.25
 
 
 def trained_window(native: Sides) -> Sides:
@@ -52,7 +54,7 @@ class WindowPlan(NamedTuple):
     """The windows of one grid, cut so that every window is a set of whole blocks.
 
     layout: the grid. axes: the windows of height and width. tile: (frames, height, width) tokens of
-    a block, at most. density: the share of pairs in windows, exactly.
+    a block, at most. single: windows move by single tokens. density: the share of pairs in windows.
     order, inverse: int64 [S], block order of the tokens and its inverse. offsets: int32 [N + 1].
     indices: int32 [N, M], counts: int32 [N]: blocks that each block sees. block: the longest.
     """
@@ -60,6 +62,7 @@ class WindowPlan(NamedTuple):
     layout: TokenLayout
     axes: tuple[Axis, Axis]
     tile: Grid
+    single: bool
     density: float
     order: Tensor
     inverse: Tensor
@@ -78,13 +81,17 @@ class WindowPlan(NamedTuple):
 def window_plan(
     grid: Grid, window: Sides, slide: str, block: int, device: torch.device
 ) -> WindowPlan:
-    """The plan of a grid. slide: "tile", or "token" for windows that move by single tokens.
+    """The plan of a grid. slide: "tile", "token" for windows that move by single tokens, or "auto":
+    tiles, unless one is longer than a quarter of the window on an axis.
 
     Tiles hold all frames where that fits, as the window does. Memory is tiles times tiles in a
     window; no map of all pairs of tiles is made.
     """
     tile = choose_tile(grid, window, block)
-    steps = tile[1:] if slide == "tile" else (1, 1)
+    coarse = any(t > COARSE * min(k, n)
+                 for t, k, n in zip(tile[1:], window, grid[1:], strict=True))
+    single = slide == "token" or (slide == "auto" and coarse)
+    steps = (1, 1) if single else tile[1:]
     height, width = (inward_axis(n, k, s)
                      for n, k, s in zip(grid[1:], window, steps, strict=True))
     time = Axis(torch.arange(grid[0]), torch.zeros(grid[0], dtype=torch.int64),
@@ -95,7 +102,7 @@ def window_plan(
     tiles = blocks_of(layout, axis_product(*(ids for ids, _ in cuts)), block, device)
     indices, counts = _lists([sees for _, sees in cuts])
     density = height.pairs * width.pairs / (height.size * width.size) ** 2
-    return WindowPlan(layout, (height, width), tile, density, tiles.order, tiles.inverse,
+    return WindowPlan(layout, (height, width), tile, single, density, tiles.order, tiles.inverse,
                       tiles.offsets, indices.to(device), counts.to(device), tiles.block)
 
 

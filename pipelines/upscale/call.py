@@ -207,7 +207,8 @@ class Upscale:
             lambda what: report.count(method.name, what))
         dual.on_plan = lambda plan: report.tell(
             method.name, "windows", f"{_sides(plan.axes)} of {plan.layout.grid[1]}x"
-            f"{plan.layout.grid[2]} tokens, density {plan.density:.3f}, tiles {plan.tile}")
+            f"{plan.layout.grid[2]} tokens, by {'token' if plan.single else 'tile'} {plan.tile}, "
+            f"density {plan.density:.3f}")
         stack.enter_context(dual.entered(self.models))
 
     def _token(self) -> int:

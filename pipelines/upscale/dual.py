@@ -26,7 +26,7 @@ from fastdiff.policies.inward_window import (
 from fastdiff.seam import attention_modules, crossing
 
 MODES = ("cache", "nocache", "window", "dense")
-SLIDES = ("tile", "token")
+SLIDES = ("auto", "tile", "token")
 
 
 class Ways(NamedTuple):
@@ -34,7 +34,7 @@ class Ways(NamedTuple):
 
     mode: str = "cache"
     interval: int = 2
-    slide: str = "tile"
+    slide: str = "auto"
     scale_mult: float = 1.0
 
 
@@ -177,11 +177,13 @@ class DualPath:
         self._count(f"{kind} passes")
         return Turn(kind, rows, first)
 
-    def _plan(self, grid: Grid, device: torch.device) -> WindowPlan:
+    def _plan(self, grid: Grid, device: torch.device, joint: bool) -> WindowPlan:
         if grid not in self.plans:
+            # gathered keys give no denominator, which joint attention needs
+            slide = "tile" if joint and self.ways.slide == "auto" else self.ways.slide
             block = 128 if device.type == "cuda" else 64
             window = trained_window(self.sizes.native_grid(grid))
-            plan = window_plan(grid, window, self.ways.slide, block, device)
+            plan = window_plan(grid, window, slide, block, device)
             self.plans[grid] = plan
             self.on_plan(plan)
         return self.plans[grid]
@@ -196,8 +198,9 @@ class DualPath:
             if layout is None:
                 return attend(query, key, value, mask)
             query = query * self.ways.scale_mult
-            plan = self._plan(layout.grid, query.device)
-            if layout.tokens == layout.grid_tokens:
+            joint = layout.tokens > layout.grid_tokens
+            plan = self._plan(layout.grid, query.device, joint)
+            if not joint:
                 return self._grid(plan, attend, query, key, value, mask, scale)
             call = Rows(attend, query, key, value, mask, scale, layout)
             return self._joint(plan, call, id(module))
@@ -214,7 +217,7 @@ class DualPath:
         if plan.full:
             return attend(query, key, value, None)
         rows = slice(0, turn.rows)
-        if self.ways.slide == "token":
+        if plan.single:
             out = gathered_window(query[rows], key[rows], value[rows], plan, scale)
         else:
             out, _ = window_attention(query[rows], key[rows], value[rows], plan, scale)
