@@ -1,4 +1,4 @@
-"""The Hopper kernel compiles without a GPU: no spills, and the softmax between the two waits."""
+"""The Hopper kernels compile without a GPU: no spills, and the softmax between the two waits."""
 
 import os
 import re
@@ -19,18 +19,15 @@ CASES = {
 }
 # registers run short where everything is on; spilled values are those of the row, not of the loop
 FEW = {"ragged tail": {"ragged": True, "tail": True}}
+WINDOWS = {"windows": {}, "windows, D=64, masked": {"dim": 64, "masked": True}}
 
 
-def sass(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False) -> str:
-    """The machine code of one variant, made by triton's own assembler for sm_90a."""
-    import torch
-    import triton
+def stand_in() -> None:
+    """Make triton believe in a Hopper GPU; warmup() then compiles and never launches."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
     class Hopper:
-        """Says that it is one; warmup() then compiles and never launches."""
-
         def get_current_target(self):
             return GPUTarget("cuda", 90, 32)
 
@@ -43,8 +40,14 @@ def sass(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False
         def map_python_to_cpp_type(self, ty):
             return ty
 
-    stand_in: Any = Hopper()
-    driver.set_active(stand_in)
+    hopper: Any = Hopper()
+    driver.set_active(hopper)
+
+
+def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False) -> Any:
+    """One variant of block-sparse attention."""
+    import torch
+
     from fastdiff.kernels.block_sparse_attention import gluon_impl, gluon_kernel
 
     q = torch.empty(1, tokens, 2, dim, dtype=torch.bfloat16)
@@ -59,8 +62,29 @@ def sass(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False
         q, q, q, lists, lists[..., 0].contiguous(), torch.zeros(blocks + 1, dtype=torch.int32),
         torch.zeros(key_blocks + 1, dtype=torch.int32), q, torch.empty(1, 2, tokens) if lse else
         None, block_q=128, block_k=block_k, tail=pooled, scale=0.1, programs=132)
-    kernel = gluon_kernel.block_sparse_attention_hopper_kernel.warmup(
+    return gluon_kernel.block_sparse_attention_hopper_kernel.warmup(
         *args, grid=(programs,), **settings)
+
+
+def windows(dim=128, masked=False) -> Any:
+    """One variant of window attention."""
+    import torch
+
+    from fastdiff.kernels.window_attention import gluon_impl, gluon_kernel
+    from fastdiff.kernels.window_attention.geometry import Window
+
+    window = Window((5, 11, 13), (3, 5, 6))
+    q = torch.empty(window.tokens + 9, 2, dim, dtype=torch.bfloat16)
+    args, settings, programs = gluon_impl.arguments(
+        q, q, q, q, window, torch.zeros(8, dtype=torch.int32), before=0, scale=0.1, programs=132,
+        key_mask=torch.ones(len(q), dtype=torch.bool) if masked else None)
+    return gluon_kernel.window_attention_hopper_kernel.warmup(*args, grid=(programs,), **settings)
+
+
+def sass(kernel: Any) -> str:
+    """The machine code, made by triton's own assembler for sm_90a."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -96,14 +120,14 @@ def compiled() -> dict[str, str]:
         if "warpgroup_mma" in done.stderr and "ImportError" in done.stderr:
             pytest.skip("this triton has no Gluon for Hopper")
         assert done.returncode == 0, done.stderr[-2000:]
-        return {name: Path(folder, name).read_text() for name in [*CASES, *FEW]}
+        return {name: Path(folder, name).read_text() for name in [*CASES, *FEW, *WINDOWS]}
 
 
-@pytest.mark.parametrize("name", [*CASES, *FEW])
+@pytest.mark.parametrize("name", [*CASES, *FEW, *WINDOWS])
 def test_compiles_with_overlap(compiled, name):
     text = compiled[name]
     spills = len(re.findall(r"\b(?:LDL|STL)", text))
-    assert spills == 0 if name in CASES else spills <= 32
+    assert spills <= 32 if name in FEW else spills == 0
     waits = between_waits(text)
     # the loop: QK and PV are started together, one wait leaves PV running, then the softmax of a
     # tile (64 exponentials a thread), and only then the wait for PV
@@ -114,5 +138,8 @@ def test_compiles_with_overlap(compiled, name):
 
 
 if __name__ == "__main__":
+    stand_in()
     for variant, options in {**CASES, **FEW}.items():
-        Path(sys.argv[1], variant).write_text(sass(**options))
+        Path(sys.argv[1], variant).write_text(sass(blocks(**options)))
+    for variant, options in WINDOWS.items():
+        Path(sys.argv[1], variant).write_text(sass(windows(**options)))
