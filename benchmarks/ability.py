@@ -37,7 +37,7 @@ def call(pipe: Any, prompts: list[str], size: int, frames: int | None, seed: int
         arguments["guidance_scale"] = defaults.guidance
     if "video" in defaults.kind:
         arguments["num_frames"] = frames or 1
-    generator = torch.Generator(pipe.transformer.device).manual_seed(seed)
+    generator = torch.Generator(pipe.device).manual_seed(seed)
     out = pipe(prompts, generator=generator, output_type="pt", **arguments)
     found = out.frames if hasattr(out, "frames") else out.images[:, None]
     return found.float().cpu()
@@ -52,9 +52,14 @@ def measure(model: Model, judge: Evaluator, args: argparse.Namespace,
     defaults, rows, sheets = model.defaults, [], []
     base = args.size or defaults.height or 256
     plans = [("pictures", base, None, args.pictures, args.batch)]
-    plans += [("pictures", edge, None, args.large, max(1, args.batch // 4)) for edge in args.edges]
+    if "video" not in defaults.kind:
+        part = max(1, args.batch // 4)
+        plans += [("pictures", edge, None, args.large, part) for edge in args.edges]
     if "video" in defaults.kind:
-        plans = [("clips", base, defaults.frames, args.clips, max(1, args.batch // 4)), plans[0]]
+        part = max(1, args.batch // 4)
+        plans = [("clips", base, defaults.frames, args.clips, part), plans[0]]
+        plans += [("clips", edge, defaults.frames, args.large, max(1, part // 4))
+                  for edge in args.edges]
     for kind, size, frames, n, part in plans:
         scenes = held_out_scenes(n, clip=kind == "clips")
         prompts, found, begin = [plain_caption(s) for s in scenes], [], time.perf_counter()

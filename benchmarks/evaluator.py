@@ -64,6 +64,7 @@ def clips(judge: Evaluator, n: int, edge: int, sprites: Tensor) -> list[dict[str
         other = [Scene((s.obj + 7) % 40, s.colour, s.pattern, motion, None) for s in scenes]
         changed = rendered(other, edge, 33, sprites, motion)
         weight = torch.linspace(0, 1, 33).view(1, 33, 1, 1, 1)
+        weight = weight.to(video.device)
         morph = video * (1 - weight) + changed * weight
         rows.append({"what": "clips", "motion": name, "edge": edge,
                      **judge.clips(video, scenes, -1.0),

@@ -1,12 +1,14 @@
 """Shipped models: found by name, with defaults that their own pipeline accepts."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import zoo
 
 from fastdiff import models
+from fastdiff.models import packed
 
 
 @pytest.fixture
@@ -74,3 +76,43 @@ def test_what_ships_is_small_complete_and_loads(name):
     if best.multiple:
         assert best.height % best.multiple == best.width % best.multiple == 0
     assert models.load(model).components
+
+
+def test_eight_bit_weights_come_back_within_half_a_step():
+    torch.manual_seed(0)
+    weights = {"conv": torch.randn(24, 16, 3, 3), "matrix": torch.randn(70, 65) * 0.02,
+               "bias": torch.randn(64), "steps": torch.arange(5), "zero": torch.zeros(64, 64)}
+    back = packed.unpack(packed.pack(weights), torch.float32)
+    assert back.keys() == weights.keys()
+    for name in ("conv", "matrix"):
+        rows, others = weights[name].flatten(1), back[name].flatten(1)
+        # fp32 scales; the half step itself is hit by ties
+        assert ((rows - others).abs().amax(1) <= rows.abs().amax(1) / 254 * 1.0001).all()
+    assert torch.equal(back["bias"], weights["bias"].bfloat16().float())
+    assert torch.equal(back["steps"], weights["steps"]) and not back["zero"].any()
+
+
+def test_a_folder_with_eight_bit_and_lent_parts(home):
+    before = models.load("small")
+    packed.pack_part(home / "small" / "transformer")
+    # another model without an autoencoder of its own
+    shutil.copytree(home / "small", home / "second")
+    shutil.rmtree(home / "second" / "vae")
+    (home / "second" / "fastdiff.json").write_text(json.dumps({"parts": {"vae": "small"}}))
+    for name in ("small", "second"):
+        pipe = models.load(name, dtype="float32")
+        assert not any((home / name / "transformer").glob("*model.safetensors"))
+        for part in ("transformer", "vae"):
+            for (key, old), new in zip(getattr(before, part).state_dict().items(),
+                                       getattr(pipe, part).state_dict().values(), strict=True):
+                assert (old - new).abs().max() <= old.abs().max() / 127, key
+    assert models.load("second", dtype="bfloat16").transformer.dtype == torch.bfloat16
+    (home / "small" / "transformer" / "config.json").write_text(json.dumps(
+        {**before.transformer.config, "num_layers": before.transformer.config.num_layers + 1}))
+    with pytest.raises(ValueError, match="missing"):
+        models.load("small")
+
+
+def test_weights_together_stay_below_forty_megabytes():
+    weights = list(models.HOME.rglob("*.safetensors"))
+    assert weights and sum(path.stat().st_size for path in weights) <= 40e6

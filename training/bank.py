@@ -17,14 +17,16 @@ class Bank:
     """Normalised latents [N, 16, T, H, W], caption outputs [N, TOKENS, D] and lengths [N]."""
 
     def __init__(
-        self, kind: str, state: State, source: SceneSource, model: FullSequence, sprites: Tensor
+        self, kind: str, state: State, source: SceneSource, model: FullSequence, sprites: Tensor,
+        edge: int | None = None, capacity: int | None = None, batch: int | None = None,
     ):
+        """edge, capacity and encoded batch: None takes those of the config."""
         config = state.config
         self.kind, self.state, self.source = kind, state, source
         self.model, self.sprites = model, sprites
-        self.batch = config[kind]["encode_batch"]
+        self.batch, self.edge = batch or config[kind]["encode_batch"], edge or config["edge"]
         frames = 1 if kind == "pictures" else (config["clip_frames"] + 3) // 4
-        edge, n, device = config["edge"] // 8, config[kind]["bank"], state.device
+        edge, n, device = self.edge // 8, capacity or config[kind]["bank"], state.device
         self.capacity, self.filled, self.cursor = n, 0, 0
         self.latents = torch.empty(n, 16, frames, edge, edge, dtype=torch.bfloat16, device=device)
         dim = config["text"]["dim"]
@@ -48,7 +50,7 @@ class Bank:
         rows = slice(start, start + self.batch)
         device = self.state.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            video = render(scenes, self.sprites, self.state.config["edge"])
+            video = render(scenes, self.sprites, self.edge)
             moments = self.model.encode(video)
         latents = moments[:, :, :16].float().transpose(1, 2)
         self.latents[rows] = ((latents - self.mean) / self.std).to(torch.bfloat16)

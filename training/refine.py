@@ -20,6 +20,7 @@ from .progress import Compiler, Log, fast_arithmetic
 from .run import preview
 from .scenes import SceneSource
 from .sheets import stack
+from .sizes import train_sizes
 from .stages import Run, quick_check, train_clips
 from .state import State
 from .text import wrap_tokenizer
@@ -82,7 +83,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         train_motion(run, reserve)
         run.state.save(args.state)
     run.pools.clear()
-    train_clips(run, reserve, args.last)
+    (train_sizes if "sizes" in run.state.config else train_clips)(run, reserve, args.last)
     run.state.save(args.state)
 
 

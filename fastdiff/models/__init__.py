@@ -137,7 +137,9 @@ def load(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     settings = {_dtype_argument(): dtype, **({"use_safetensors": True} if safetensors else {})}
     if model.folder is not None:
-        pipe = DiffusionPipeline.from_pretrained(model.folder, local_files_only=True, **settings)
+        parts = _own_parts(model.folder, dtype)
+        pipe = DiffusionPipeline.from_pretrained(
+            model.folder, local_files_only=True, **parts, **settings)
         return pipe.to(device)
     try:
         pipe = DiffusionPipeline.from_pretrained(model.name, **settings)
@@ -150,6 +152,27 @@ def load(
             f"nor a local folder, and could not be fetched from the hub: {reason}"
         ) from error
     return pipe.to(device)
+
+
+def _own_parts(folder: Path, dtype: Any) -> dict[str, Any]:
+    """Components with packed weights, and those that another shipped model lends."""
+    from importlib import import_module
+
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    lent = _read_json(folder / DEFAULTS).get("parts", {})
+    found = {}
+    for name, about in index.items():
+        if not isinstance(about, list) or about[0] is None:
+            continue
+        home = HOME / lent[name] / name if name in lent else folder / name
+        if name in lent or any(home.glob("*.int8.safetensors")):
+            from . import packed
+
+            kind = getattr(import_module(about[0]), about[1])
+            part = packed.load_part(home, kind, dtype)
+            found[name] = part if part is not None else kind.from_pretrained(
+                home, local_files_only=True, **{_dtype_argument(): dtype})
+    return found
 
 
 def _is_fetch_error(error: Exception) -> bool:
@@ -166,18 +189,22 @@ def _dtype_argument() -> str:
 
 
 def _read_defaults(path: Path) -> Defaults:
-    if not path.is_file():
-        return Defaults()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
+    found = _read_json(path)
     known = {f.name for f in fields(Defaults)}
     given = {key: value for key, value in found.items() if key in known}
     if "kind" in given:
         kind = given["kind"]
         given["kind"] = (kind,) if isinstance(kind, str) else tuple(kind)
     return Defaults(**given)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
 
 
 def _nearest(word: str, known: list[str]) -> str:
