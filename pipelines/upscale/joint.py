@@ -36,7 +36,7 @@ def join(layout: TokenLayout, grid: Tensor, text: Tensor) -> Tensor:
 
 def merge(window: Part, text: Part) -> Tensor:
     """One softmax out of two, [B, S, H, D]; float32 inside."""
-    share = torch.sigmoid(text[1] - window[1])[..., None]
+    share = torch.sigmoid((text[1] - window[1]).float())[..., None]
     return torch.lerp(window[0].float(), text[0].float(), share).to(window[0].dtype)
 
 
