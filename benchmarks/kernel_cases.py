@@ -35,7 +35,8 @@ def groups(impl: str, count: int, per_group: int) -> list[list[Case]]:
     found = []
     while count > 0:
         if impl == "gluon":
-            dim, dtype, masked = draw.choice(GLUON_DIMS), draw.choice(HALF), False
+            dim, dtype = draw.choice(GLUON_DIMS), draw.choice(HALF)
+            masked = draw.random() < 0.3
             block_q, block_k = draw.choice(((128, 128), (128, 64), (128, 32), (128, 16), (97, 117)))
         else:
             dim, masked = draw.choice(HEAD_DIMS), draw.random() < 0.3

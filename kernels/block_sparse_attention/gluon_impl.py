@@ -14,7 +14,7 @@ HEAD_DIMS = (16, 128)
 BLOCKS = 128
 ROWS = 64
 # places in the kernel's arguments: tensors passed by pointer, and the largest stride
-POINTERS, STRIDE = slice(6, 16), 16
+POINTERS, STRIDE = slice(6, 18), 18
 
 # padded head dim -> key tile, K/V stages, Q buffers, ping-pong
 CONFIGS = {
@@ -66,8 +66,6 @@ def refusal(
     key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> str | None:
     """Why this call cannot run here, or None."""
-    if key_mask is not None:
-        return "a key mask"
     if not ROWS < block_q <= BLOCKS:
         # one warpgroup alone was no faster than plain Triton
         return f"query blocks of {block_q} tokens: accepted are {ROWS + 1} to {BLOCKS}"
@@ -112,13 +110,24 @@ def run(
         lse = torch.empty(B, H, SQ, dtype=torch.float32, device=query.device)
     if output.numel() == 0:
         return output, lse
+    if key_mask is not None:
+        key_mask = key_mask.contiguous()
+        # what is masked may be NaN, and its value row is multiplied by 0
+        value = value.masked_fill(~key_mask[:, :, None, None], 0)
     args, settings, programs = arguments(
         query, key, value, indices.contiguous(), counts.contiguous(), query_offsets, key_offsets,
-        output, lse, block_q=block_q, block_k=block_k, tail=tail, scale=scale, **changes)
+        output, lse, block_q=block_q, block_k=block_k, key_mask=key_mask, tail=tail, scale=scale,
+        **changes)
     _launch(kernel, args, settings, programs, query)
     for found in args[:6]:
         found.base = None
     return output, lse
+
+
+def _dirty(key_mask: Tensor, key_offsets: Tensor) -> Tensor:
+    """Whether a block has masked keys, uint8 [B, NK]."""
+    before = torch.nn.functional.pad((~key_mask).cumsum(1, dtype=torch.int32), (1, 0))
+    return (before[:, key_offsets.long()].diff(dim=1) != 0).to(torch.uint8)
 
 
 _compiled: dict[tuple, Any] = {}
@@ -186,7 +195,8 @@ def arguments(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
     query_offsets: Tensor, key_offsets: Tensor, output: Tensor, lse: Tensor | None, *,
     block_q: int, block_k: int, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
-    order: Tensor | None = None, programs: int | None = None, **changes: Any,
+    key_mask: Tensor | None = None, order: Tensor | None = None, programs: int | None = None,
+    **changes: Any,
 ) -> tuple[tuple, dict[str, Any], int]:
     """(arguments, compile-time settings, programs) of one launch."""
     B, SQ, H, D = query.shape
@@ -204,6 +214,9 @@ def arguments(
     else:
         weight, keep = tail[2].log2(), tail[3].contiguous().view(torch.uint8)
         tiles = -(-NK // BN)
+    mask = dirty = query_offsets
+    if key_mask is not None:
+        mask, dirty = key_mask.view(torch.uint8), _dirty(key_mask, key_offsets)
     work = B * H * NQ
     k_map, v_map = _descriptor("k", key, SUB, BD), _descriptor("v", value, SUB, BD)
     km_map, vm_map = k_map, v_map
@@ -215,14 +228,14 @@ def arguments(
         km_map, vm_map,
         indices, counts, counts if order is None else order,
         torch.zeros(1, dtype=torch.int32, device=query.device), query_offsets, key_offsets, weight,
-        keep, output, output if lse is None else lse, *output.stride()[:3],
+        keep, mask, dirty, output, output if lse is None else lse, *output.stride()[:3],
         SQ, SKV, H, H // HK, NQ, NK, indices.shape[-1], work, tiles,
         # the kernel's exponentials are powers of two
         scale * 1.4426950408889634,
     )
     kwargs = dict(
         meta, EQUAL_Q=equal_q, EQUAL_K=equal_k, MASK=not equal_k or SUB < BN,
-        USE_TAIL=tail is not None, USE_ORDER=order is not None, USE_LSE=lse is not None, D=D,
-        num_warps=4, maxnreg=168,
+        USE_MASK=key_mask is not None, USE_TAIL=tail is not None, USE_ORDER=order is not None,
+        USE_LSE=lse is not None, D=D, num_warps=4, maxnreg=168,
     )
     return args, kwargs, min(work, programs or _multiprocessors(query.device))

@@ -80,14 +80,13 @@ def _entry(p_list, e, n_kept, k_offsets, SKV, SUB: gl.constexpr, EQUAL_K: gl.con
 def _producer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
-    MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr,
-    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr,
+    USE_LSE: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o_ptr, lse, strides = \
-        lists
+    indices, counts, order, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
     R: gl.constexpr = BN // SUB
     BYTES: gl.constexpr = k_desc.block_type.nbytes * R
@@ -188,27 +187,64 @@ def _mask_exact(
 
 
 @gluon.jit
+def _mask_keys(
+    s, j, p_list, n_kept, k_offsets, SKV, i_b, NK, masks, BN: gl.constexpr, SUB: gl.constexpr,
+    EQUAL_K: gl.constexpr, sl: gl.constexpr,
+):
+    """Masked keys count for nobody; a block without any is left alone."""
+    key_mask, dirty = masks
+    col = gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
+    p_mask = key_mask + i_b.to(gl.int64) * SKV
+    if SUB == BN:
+        i_k = gl.load(p_list + j, mask=j < n_kept, other=0)
+        if gl.load(dirty + i_b * NK + i_k) != 0:
+            if EQUAL_K:
+                token = i_k * SUB + col
+            else:
+                token = gl.load(k_offsets + i_k) + col
+            counts = gl.load(p_mask + token, mask=token < SKV, other=0)
+            s = gl.where((counts != 0)[None, :], s, LOWEST)
+    else:
+        e = j * (BN // SUB) + col // SUB
+        i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
+        if EQUAL_K:
+            token = i_k * SUB + col % SUB
+        else:
+            token = gl.load(k_offsets + i_k) + col % SUB
+        counts = gl.load(p_mask + token, mask=token < SKV, other=0)
+        s = gl.where((counts != 0)[None, :], s, LOWEST)
+    return s
+
+
+@gluon.jit
 def _adjust(
     s, j, row, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, EQUAL_K: gl.constexpr,
-    MASK: gl.constexpr, USE_TAIL: gl.constexpr, sl: gl.constexpr,
+    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, sl: gl.constexpr,
 ):
     """Raise pooled keys by the log of their weight; LOWEST for what must not count."""
     i_b, i_row, n_kept, p_list = row
-    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o_ptr, lse, strides = \
-        lists
+    indices, counts, order, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
     if USE_TAIL:
         if j < TAIL_TILES:
+            log_weight, keep = tail
             col = j * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
             raised = gl.load(log_weight + i_b * NK + col, mask=col < NK, other=LOWEST) / scale
             kept = gl.load(keep + i_row.to(gl.int64) * NK + col, mask=col < NK, other=1)
             s += gl.where(kept == 0, gl.maximum(raised, LOWEST), LOWEST)[None, :]
         else:
+            i = j - TAIL_TILES
             if MASK:
-                s = _mask_exact(
-                    s, j - TAIL_TILES, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
-    elif MASK:
-        s = _mask_exact(s, j, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
+                s = _mask_exact(s, i, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
+            if USE_MASK:
+                s = _mask_keys(
+                    s, i, p_list, n_kept, k_offsets, SKV, i_b, NK, masks, BN, SUB, EQUAL_K, sl)
+    else:
+        if MASK:
+            s = _mask_exact(s, j, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
+        if USE_MASK:
+            s = _mask_keys(
+                s, j, p_list, n_kept, k_offsets, SKV, i_b, NK, masks, BN, SUB, EQUAL_K, sl)
     return s
 
 
@@ -216,18 +252,17 @@ def _adjust(
 def _consumer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
-    MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr,
-    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr,
+    USE_LSE: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o_ptr, lse, strides = \
-        lists
+    indices, counts, order, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
     BD: gl.constexpr = q_desc.block_type.shape[3]
     R: gl.constexpr = BN // SUB
-    GUARD: gl.constexpr = MASK or USE_TAIL
+    GUARD: gl.constexpr = MASK or USE_MASK or USE_TAIL
     dtype: gl.constexpr = q_desc.dtype
     sl: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -265,7 +300,7 @@ def _consumer(
             mbarrier.arrive(turn.index((WG + 1) % NC), count=1)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(st), count=1)
-        s = _adjust(s, 0, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_TAIL, sl)
+        s = _adjust(s, 0, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
         m = gl.max(s, 1) * scale
         p = gl.exp2(s * scale - _shift(m, GUARD)[:, None])
         sums = _row_sum(p, BN)
@@ -288,7 +323,8 @@ def _consumer(
                 mbarrier.arrive(turn.index((WG + 1) % NC), count=1)
             s = warpgroup_mma_wait(1, deps=(s,))
             mbarrier.arrive(k_empty.index(st), count=1)
-            s = _adjust(s, j, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_TAIL, sl)
+            s = _adjust(
+                s, j, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
             shift = _shift(m_new, GUARD)
             alpha = gl.exp2(m - shift)
@@ -348,11 +384,12 @@ def _consumer(
 @gluon.jit(do_not_specialize=SIZES)
 def block_sparse_attention_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc,
-    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, o, lse, sob, sos, soh,
-    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, scale,
+    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
+    sob, sos, soh, SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, scale,
     BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, QST: gl.constexpr,
-    EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_TAIL: gl.constexpr,
-    USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr,
+    EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
+    USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr,
+    PINGPONG: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     BD: gl.constexpr = q_desc.block_type.shape[3]
@@ -386,25 +423,25 @@ def block_sparse_attention_hopper_kernel(
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, order, taken, q_offsets, k_offsets, log_weight,
-                      keep, o, lse, (sob, sos, soh)),
+                     (indices, counts, order, taken, q_offsets, k_offsets, (log_weight, keep),
+                      (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_TAIL, USE_ORDER, USE_LSE, D, PINGPONG,
-                     0)),
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_ORDER, USE_LSE, D,
+                     PINGPONG, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, order, taken, q_offsets, k_offsets, log_weight,
-                      keep, o, lse, (sob, sos, soh)),
+                     (indices, counts, order, taken, q_offsets, k_offsets, (log_weight, keep),
+                      (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_TAIL, USE_ORDER, USE_LSE, D, PINGPONG,
-                     1)),
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_ORDER, USE_LSE, D,
+                     PINGPONG, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, order, taken, q_offsets, k_offsets, log_weight,
-                      keep, o, lse, (sob, sos, soh)),
+                     (indices, counts, order, taken, q_offsets, k_offsets, (log_weight, keep),
+                      (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_TAIL, USE_ORDER, USE_LSE, D, PINGPONG,
-                     0)),
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_ORDER, USE_LSE, D,
+                     PINGPONG, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -13,12 +13,24 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("case", [
-    Case(2, 4, 2, 517, 900, dim, block_q, block_k, dtype, ragged, False, tail, seed=dim)
-    for dim in (64, 80, 128) for dtype in DTYPES[1:] for ragged in (False, True)
-    for tail in (False, True) for block_q, block_k in ((128, 128), (128, 32), (97, 117))
+    Case(2, 4, 2, 517, 900, dim, block_q, block_k, dtype, ragged, masked, tail, seed=dim)
+    for dim, masked in ((64, False), (64, True), (80, True), (128, False), (128, True))
+    for dtype in DTYPES[1:] for ragged in (False, True) for tail in (False, True)
+    for block_q, block_k in ((128, 128), (128, 32), (97, 117))
 ], ids=repr)
 def test_gluon(case):
     check(case.build("cuda"), "gluon")
+
+
+@pytest.mark.parametrize("where", ["text", "a block", "all"])
+def test_masked_keys_in_few_blocks(where):
+    args = Case(2, 4, 2, 517, 900, 128, 128, 128, torch.bfloat16, all_kept=True).build("cuda")
+    counts = torch.ones(2, 900, dtype=torch.bool, device="cuda")
+    first, end = {"text": (890, 900), "a block": (128, 256), "all": (0, 900)}[where]
+    counts[1, first:end] = False
+    args["key"][~counts] = torch.nan
+    args["value"][~counts] = torch.nan
+    check({**args, "key_mask": counts}, "gluon")
 
 
 def test_rows_without_keys_where_nothing_is_masked():

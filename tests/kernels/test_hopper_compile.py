@@ -16,9 +16,11 @@ CASES = {
     "plain": {}, "lse": {"lse": True},
     "ragged": {"ragged": True}, "tail": {"tail": True}, "D=64": {"dim": 64},
     "D=64, tail": {"dim": 64, "tail": True}, "keys by 32": {"block_k": 32},
+    "masked": {"masked": True},
 }
 # registers run short where everything is on; spilled values are those of the row, not of the loop
-FEW = {"ragged tail": {"ragged": True, "tail": True}}
+FEW = {"ragged tail": {"ragged": True, "tail": True},
+       "masked tail": {"masked": True, "tail": True, "dim": 80}}
 WINDOWS = {"windows": {}, "windows, D=64, masked": {"dim": 64, "masked": True}}
 
 
@@ -44,7 +46,8 @@ def stand_in() -> None:
     driver.set_active(hopper)
 
 
-def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False) -> Any:
+def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False,
+           masked=False) -> Any:
     """One variant of block-sparse attention."""
     import torch
 
@@ -61,7 +64,9 @@ def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=Fal
     args, settings, programs = gluon_impl.arguments(
         q, q, q, lists, lists[..., 0].contiguous(), torch.zeros(blocks + 1, dtype=torch.int32),
         torch.zeros(key_blocks + 1, dtype=torch.int32), q, torch.empty(1, 2, tokens) if lse else
-        None, block_q=128, block_k=block_k, tail=pooled, scale=0.1, programs=132)
+        None, block_q=128, block_k=block_k,
+        key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked else None, tail=pooled,
+        scale=0.1, programs=132)
     return gluon_kernel.block_sparse_attention_hopper_kernel.warmup(
         *args, grid=(programs,), **settings)
 
