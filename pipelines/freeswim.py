@@ -37,7 +37,8 @@ class FreeSwim(Method):
         one of the two paths alone, to compare with.
     interval: steps from one guide step to the next, counted in steps that are run.
     strength: share of the steps that the second stage runs; less stays nearer to the first clip.
-    shift: of the second stage's flow schedule. None: 9 for Wan, as published; others their own.
+    shift: of the second stage's flow schedule. None: 9 for Wan, as published; for others that of
+        the trained size times the growth of the sides.
     scale_mult: factor on attention scores in the second stage, for more keys than in training.
     slide: "tile": neighbours in a tile share a window, and tiles need no mask inside; "token": the
         windows of the paper, each query its own, slower. "auto": tiles, unless a window is so small

@@ -399,3 +399,30 @@ def test_the_report_counts_what_ran():
     assert facts["stage 2"].startswith("160x224, 4 of 6 steps, noise 0.9")
     assert not math.isnan(float(facts["windows"].partition("density ")[2]))
     assert "freeswim: stage 1" in str(pipe.fastdiff)
+
+
+def test_a_schedule_that_follows_the_size_grows_with_the_side():
+    """Flux: the shift of the trained size times the growth, and not the pipeline's own line."""
+    pipe = zoo.build("flux")
+    made = schedule.rebuilt(pipe.scheduler, None)
+    config = made.config
+    slope = (config.max_shift - config.base_shift) / (
+        config.max_image_seq_len - config.base_image_seq_len)
+
+    def mu(tokens):
+        return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+    even = {"sigmas": [1.0, 0.5], "mu": mu(4 * 1024)}
+    schedule.write(made, even, 10, 7, None, grown=2.0)
+    shift, begin = math.exp(mu(1024)) * 2, 0.7
+    assert len(made.timesteps) == 7
+    first = shift * begin / (1 + (shift - 1) * begin)
+    assert float(made.sigmas[0]) == pytest.approx(first, abs=1e-5)
+    schedule.write(made, even, 10, 7, 5.0, grown=2.0)
+    assert float(made.sigmas[0]) == pytest.approx(5 * begin / (1 + 4 * begin), abs=1e-5)
+
+
+def test_a_fixed_shift_grows_with_the_side():
+    assert schedule.shift_for(zoo.build("hunyuan_video").scheduler, 1.5) == pytest.approx(10.5)
+    assert schedule.shift_for(zoo.build("sdxl").scheduler, 2.0) is None
+    assert schedule.shift_for(zoo.build("flux").scheduler, 2.0) is None

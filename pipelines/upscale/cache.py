@@ -89,6 +89,7 @@ class GuideCache:
         if key not in self._kept:
             self._order.append(key)
         host = self.place.startswith("host") and entry[0].is_cuda
+        self._coming.pop(key, None)
         held = self._kept.get(key)
         old = None if held is None else held.parts
         if not self.place.endswith("8-bit"):
@@ -127,6 +128,8 @@ class GuideCache:
         if self._side is None:
             self._side = torch.cuda.Stream(device)
         following = self._order[at]
+        # what it brings may still be on its way to main memory
+        self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
             entry = self._bring(self._kept[following], device)
             ready = torch.cuda.Event()

@@ -1,5 +1,6 @@
 """Upscale: one call of a pipeline in two stages, at its own size and at the target."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -61,10 +62,11 @@ class Upscale:
         method, pipe = self.method, self.pipe
         clip = pipe.__dict__.get(CLIP)
         folder = self._folder(asked, clip)
-        shift = self.upscaling.shift if method.shift is None else method.shift
-        fresh = self._scheduler(shift)
         frames = self._first(asked, clip, folder)
         size, native = self._size(), self._native(asked, frames)
+        grown = math.sqrt(size.height * size.width / math.prod(native))
+        shift = self._shift(grown)
+        fresh = self._scheduler(shift)
         self._check_frames(asked, frames)
         steps = asked["num_inference_steps"]
         kept = schedule.kept_steps(steps, method.strength)
@@ -76,7 +78,7 @@ class Upscale:
             return as_held(self.part.model, self._staging, self.upscaling, latents, size, like)
 
         run = Refinement(
-            fresh(), steps, kept, shift, clean, self.host.clock,
+            fresh(), steps, kept, shift, grown, clean, self.host.clock,
             lambda share: self._tell(native, frames, kept, steps, share, resumed),
             self._saving(folder, kept), resumed)
         left = kept - (0 if resumed is None else resumed.done)
@@ -114,6 +116,12 @@ class Upscale:
         height, width = self.method.target
         cell = self._staging.cell(self.pipe)
         return Size(height, width, height // cell, width // cell)
+
+    def _shift(self, grown: float) -> float | None:
+        for given in (self.method.shift, self.upscaling.shift):
+            if given is not None:
+                return given
+        return schedule.shift_for(self.pipe.scheduler, grown)
 
     def _scheduler(self, shift: float | None) -> Callable[[], Any]:
         scheduler = self.pipe.scheduler

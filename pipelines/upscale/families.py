@@ -36,8 +36,8 @@ class Upscaling:
 
     pipelines: class names whose call was examined. normalise: see Normalise. cross: text comes by
     cross-attention; else text and grid share one attention. shift: of the second stage's flow
-    schedule, None for the scheduler's own. frames_first: latents are [B, T, C, H, W]. as_trained:
-    arguments of the call that say a size in pixels and stay what the model was trained at.
+    schedule, None for what schedule.py finds. frames_first: latents are [B, T, C, H, W].
+    as_trained: arguments of the call that say a size in pixels and stay the trained one.
     """
 
     pipelines: tuple[str, ...]

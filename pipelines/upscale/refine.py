@@ -27,15 +27,16 @@ class Refinement:
     """What stands behind the pipeline's scheduler during the second stage.
 
     scheduler: a stock copy of the user's. steps, kept: of the whole schedule, and how many are
-    run. clean: latents of the encoded clip as the pipeline holds its own, given those; not called
-    when a checkpoint is gone on from. begun: told the first noise share before the first step.
-    saved: given a checkpoint after each step.
+    run. shift, grown: see schedule.write. clean: latents of the encoded clip as the pipeline holds
+    its own, given those; not called when a checkpoint is gone on from. begun: told the first noise
+    share before the first step. saved: given a checkpoint after each step.
     """
 
     scheduler: Any
     steps: int
     kept: int
     shift: float | None
+    grown: float
     clean: Callable[[Tensor], Tensor]
     clock: StepClock
     begun: Callable[[float], None]
@@ -70,7 +71,8 @@ class Refinement:
             self.sigmas = None if sigmas is None else sigmas[self._done :]
         else:
             bound = inspect.signature(self.scheduler.set_timesteps).bind(*args, **kwargs)
-            schedule.write(self.scheduler, dict(bound.arguments), self.steps, self.kept, self.shift)
+            schedule.write(self.scheduler, dict(bound.arguments), self.steps, self.kept,
+                           self.shift, self.grown)
             self.timesteps = self.scheduler.timesteps
             self.sigmas = getattr(self.scheduler, "sigmas", None)
         self.clock.begin(self.kept)

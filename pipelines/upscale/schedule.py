@@ -32,21 +32,39 @@ def rebuilt(scheduler: Any, shift: float | None) -> Any:
     return type(copied).from_config(copied.config, **{name: shift})
 
 
+def shift_for(scheduler: Any, grown: float) -> float | None:
+    """A flow schedule's own fixed shift, for sides `grown` times as long; None for others.
+
+    Noise hides less of a larger picture: noise to signal grows with the side (arXiv 2403.03206).
+    """
+    fixed = kind_of(scheduler) == "flow" and not scheduler.config.get("use_dynamic_shifting")
+    if not fixed:
+        return None
+    own = scheduler.config.get("flow_shift", scheduler.config.get("shift"))
+    return None if own is None else float(own) * grown
+
+
 def write(
-    scheduler: Any, arguments: dict[str, Any], steps: int, kept: int, shift: float | None
+    scheduler: Any, arguments: dict[str, Any], steps: int, kept: int, shift: float | None,
+    grown: float = 1.0,
 ) -> None:
     """Set a schedule of `steps` on `scheduler`, a copy, and leave its last `kept` ones.
 
     arguments: of the pipeline's own set_timesteps call, by name; a pipeline that brings sigmas
-    brings even ones.
+    brings even ones. A scheduler that follows the size, with no shift given, gets that of the
+    trained size times `grown`, the growth of the sides.
     """
     own = dict(arguments)
     if own.get("num_inference_steps") is not None:
         own["num_inference_steps"] = steps
     if own.get("sigmas") is not None:
         own["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
-    if shift is not None and scheduler.config.get("use_dynamic_shifting"):
-        linear = scheduler.config.get("time_shift_type", "exponential") == "linear"
+    if own.get("mu") is not None:
+        config = scheduler.config
+        linear = config.get("time_shift_type", "exponential") == "linear"
+        if shift is None:
+            mu = _smaller(config, own["mu"], grown**2)
+            shift = (mu if linear else math.exp(mu)) * grown
         own["mu"] = shift if linear else math.log(shift)
     scheduler.set_timesteps(**own)
     first = len(scheduler.timesteps) - kept
@@ -55,3 +73,12 @@ def write(
         scheduler.sigmas = scheduler.sigmas[first:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
+
+
+def _smaller(config: Any, mu: float, area: float) -> float:
+    """The pipeline's shift for a picture of 1 / area the tokens: it lies on a line over them."""
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (most - least)
+    tokens = least + (mu - low) / slope
+    return low + slope * (tokens / area - least)
