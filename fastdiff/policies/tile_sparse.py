@@ -12,7 +12,7 @@ from fastdiff.kernels.tile_select import tile_select
 from fastdiff.layout import Tiling
 from fastdiff.policies.base import Context, Policy, _check
 
-SELECT = ("threshold", "top-p", "top-k")
+SELECT = ("top-k", "threshold", "top-p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class TileSparse(Policy):
     frames. Tiles that are not kept enter the same softmax through their mean key and mean value
     with the weight of their length (`tail`), so no attention mass is dropped.
 
-    select_by: "threshold" keeps tiles whose log mass exceeds mean + beta * std of its row; "top-p"
-        keeps the best tiles until they hold the share `p` of the pooled softmax; "top-k" keeps as
-        many per row.
+    select_by: "top-k" keeps the best tiles of each row, as many in all; "threshold" keeps tiles whose
+        log mass exceeds mean + beta * std of its row; "top-p" keeps the best tiles until they hold
+        the share `p` of the pooled softmax.
     beta: cut of "threshold" fixed by hand. None finds, for every sample and layer, the cut that
         meets `density` on average; rows and heads that need more tiles then get more.
     p: cut of "top-p" fixed by hand; None likewise.
@@ -43,7 +43,7 @@ class TileSparse(Policy):
     name: ClassVar[str] = "tile-sparse"
     summary: ClassVar[str] = "3-D tiles by pooled score, skipped tiles pooled (default)"
 
-    select_by: str = "threshold"
+    select_by: str = "top-k"
     probes: int = 8
     beta: float | None = None
     p: float | None = None
@@ -61,9 +61,10 @@ class TileSparse(Policy):
         if key_mean is None:
             key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
         density = self._budget(context, query.device)
-        if self.select_by == "threshold" and self.beta is None and isinstance(density, float):
+        if self._counted and isinstance(density, float):
             found = tile_select(query, key_mean, tiles.offsets, tiles.always, tiles.dense_rows,
-                                density=density, probes=self.probes)
+                                density=density, probes=self.probes,
+                                each_row=self.select_by == "top-k")
             pairs = query.shape[0] * query.shape[2] * query.shape[1] ** 2
             return ListedMask(found.keep, tiles.offsets, tiles.block, found.indices, found.counts,
                               found.pairs / pairs)
@@ -72,6 +73,11 @@ class TileSparse(Policy):
         scores = (mass / tiles.lengths).clamp_min(1e-20).log()
         keep = keep_tiles(scores, tiles, self.select_by, density, self.beta, self.p)
         return BlockMask(keep, tiles.offsets, tiles.block)
+
+    @property
+    def _counted(self) -> bool:
+        """Whether a histogram finds the cut."""
+        return self.select_by == "top-k" or self.select_by == "threshold" and self.beta is None
 
     def _budget(self, context: Context, device: torch.device) -> float | Tensor:
         """A plan's density for each head, else one that the heads share as they need."""

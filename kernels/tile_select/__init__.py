@@ -27,21 +27,22 @@ class Selected(NamedTuple):
 
 def tile_select(
     query: Tensor, key_mean: Tensor, offsets: Tensor, always: Tensor, dense_rows: Tensor, *,
-    density: float, probes: int = 8, impl: str = "auto",
+    density: float, probes: int = 8, each_row: bool = False, impl: str = "auto",
 ) -> Selected:
-    """Keep the tiles of keys that stand out, as many as `density` allows a sample.
+    """Keep the tiles of keys that stand out, as many as `density` allows a sample or a row.
 
     query: [B, S, H, D] in tile order. key_mean: [B, Hk, N, D], mean key of each tile. offsets:
     int32 [N + 1], tokens of each tile. always: bool [N], tiles that every query keeps. dense_rows:
     bool [N], tiles of queries that keep everything. The own tile is always kept.
-    density: share of the tile pairs to keep, over all heads of a sample. probes: queries of a tile
-    that vote.
+    density: share of the tile pairs to keep, over all heads of a sample; with `each_row` of every
+    tile of queries. probes: queries of a tile that vote.
 
     The meaning: `probes` evenly spaced queries of each tile attend to the mean keys, each mean
     counted as many times as its tile has tokens. x(i, n) is the log of the mean of their
     softmax, a token; z its distance from the row's mean over the tiles not in `always`, in
     standard deviations. Kept are the pairs with the highest z: all of the highest of 1,024 equal
-    steps of z in (-8, 8) that fit `density` whole.
+    steps of z in (-8, 8) that fit `density` whole. With `each_row` a row keeps `density` of its
+    tiles, rounded to whole ones: the step that does not fit whole gives its first tiles.
     """
     B, S, H, D = query.shape
     N = offsets.numel() - 1
@@ -65,4 +66,4 @@ def tile_select(
     if reasons := module.not_supported_reasons(query, key_mean, probes):
         raise ValueError(f"{impl} cannot select on {query.device}: {', '.join(reasons)}")
     return Selected(*module.run(query, key_mean, offsets, always, dense_rows,
-                                density=density, probes=probes))
+                                density=density, probes=probes, each_row=each_row))

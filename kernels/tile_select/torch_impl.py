@@ -14,7 +14,7 @@ def not_supported_reasons(query: Tensor, key_mean: Tensor, probes: int) -> list[
 
 def run(
     query: Tensor, key_mean: Tensor, offsets: Tensor, always: Tensor, dense_rows: Tensor, *,
-    density: float, probes: int,
+    density: float, probes: int, each_row: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lengths = offsets.diff().float()
     x = log_mass(query, key_mean, offsets, probes)
@@ -22,7 +22,11 @@ def run(
     N = lengths.numel()
     own = torch.eye(N, dtype=torch.bool, device=x.device)
     must = own | always[None, :] | dense_rows[:, None]
-    keep = must | (step >= first_step(step, must, density))
+    first, left = first_step(step, must, density, each_row)
+    keep = must | (step >= first)
+    if each_row:
+        edge = (step == first - 1) & ~must
+        keep |= edge & (edge.cumsum(-1) <= left)
     counts = keep.sum(-1, dtype=torch.int32)
     indices = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True).to(torch.int32)
     length = offsets.diff().long()
@@ -66,12 +70,22 @@ def steps_of_z(x: Tensor, always: Tensor, lengths: Tensor) -> Tensor:
     return ((z + REACH) * (BINS / (2 * REACH))).floor().clamp(0, BINS - 1).to(torch.int32)
 
 
-def first_step(step: Tensor, must: Tensor, density: float) -> Tensor:
-    """The lowest step, int64 [B, 1, 1, 1], from which on everything fits into `density`."""
-    B, entries = step.shape[0], step[0].numel()
-    free = (~must).expand_as(step[0]).flatten()
-    counted = torch.stack([
-        torch.bincount(one.flatten(), weights=free.double(), minlength=BINS) for one in step])
-    room = density * entries - (entries - free.sum())
+def first_step(
+    step: Tensor, must: Tensor, density: float, each_row: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The lowest step from which on everything fits into `density`, and how many entries of the
+    step below would still fit: [B, 1, 1, 1] each, with `each_row` [B, H, N, 1]."""
+    free = (~must).expand_as(step)
+    groups = step.flatten(0, 2) if each_row else step.flatten(1)
+    free = free.reshape(groups.shape)
+    counted = torch.zeros(len(groups), BINS + 1, dtype=torch.float64, device=step.device)
+    counted.scatter_add_(1, groups.long(), free.double())
+    entries = groups.shape[1]
+    # whole tiles a row
+    asked = float(int(density * entries + 0.5)) if each_row else density * entries
+    room = asked - (entries - free.sum(1, keepdim=True))
     above = counted.flip(-1).cumsum(-1).flip(-1)
-    return (above > room).sum(-1).view(B, 1, 1, 1)
+    first = (above[:, :BINS] > room).sum(-1, keepdim=True)
+    left = room - above.gather(1, first)
+    shape = (*step.shape[:3], 1) if each_row else (-1, 1, 1, 1)
+    return first.view(shape), left.view(shape)

@@ -28,7 +28,7 @@ def not_supported_reasons(query: Tensor, key_mean: Tensor, probes: int) -> list[
 
 def run(
     query: Tensor, key_mean: Tensor, offsets: Tensor, always: Tensor, dense_rows: Tensor, *,
-    density: float, probes: int,
+    density: float, probes: int, each_row: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .triton_kernel import tile_list_kernel, tile_score_kernel
 
@@ -38,7 +38,8 @@ def run(
     x = torch.empty(B, H, N, N, dtype=torch.float32, device=device)
     stats = torch.empty(B, H, N, 2, dtype=torch.float32, device=device)
     # the histograms, and after them the kept pairs: one memory to set to zero
-    zeros = torch.zeros(B * BINS // 2 + 1, dtype=torch.int64, device=device)
+    zeros = torch.zeros(
+        (0 if each_row else B * BINS // 2) + 1, dtype=torch.int64, device=device)
     histogram, pairs = zeros[:-1].view(torch.int32), zeros[-1]
     keep = torch.empty(B, H, N, N, dtype=torch.bool, device=device)
     indices = torch.empty(B, H, N, N, dtype=torch.int32, device=device)
@@ -55,11 +56,12 @@ def run(
         query, key_mean, offsets, always, dense_rows, x, stats, histogram,
         *query.stride()[:3], *key_mean.stride()[:3], S, H, H // HK, N,
         D**-0.5 * 1.4426950408889634, D=D, BD=max(16, 1 << (D - 1).bit_length()), PROBES=probes,
-        ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, UPCAST=interpreting(), num_warps=4,
+        ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, EACH_ROW=each_row, UPCAST=interpreting(),
+        num_warps=4,
     )
     tile_list_kernel[(N, B * H)](
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
         zeros[-1:], H, N, density, BN=min(2048, max(16, 1 << (N - 1).bit_length())), BINS=BINS,
-        REACH=REACH, num_warps=4,
+        REACH=REACH, EACH_ROW=each_row, num_warps=4,
     )
     return keep, indices, counts, pairs

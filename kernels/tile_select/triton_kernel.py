@@ -42,7 +42,8 @@ def tile_score_kernel(
     query, key_mean, offsets, always, dense_rows, x, stats, histogram,
     sqb, sqs, sqh, skb, skh, skn, S, H, GROUPS, N, scale,
     D: tl.constexpr, BD: tl.constexpr, PROBES: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr, UPCAST: tl.constexpr,
+    BC: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr, EACH_ROW: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """ROWS tiles of queries, each by PROBES of its queries."""
     i_bh = tl.program_id(1)
@@ -98,47 +99,65 @@ def tile_score_kernel(
     tl.store(p_stats, mean, mask=m_row)
     tl.store(p_stats + 1, rsqrt, mask=m_row)
 
-    # how many entries of this program fall into each step of z; a whole program waits for its x
-    tl.debug_barrier()
-    dense = tl.load(dense_rows + o_row, mask=m_row, other=1) != 0
-    counted = tl.zeros([BINS], tl.int32)
-    for i_n in range(0, N, BC):
-        o_n = i_n + tl.arange(0, BC)
-        m_n = o_n < N
-        b_x = tl.load(p_x + o_n[None, :], mask=m_row[:, None] & m_n[None, :], other=0.0)
-        step = step_of_z(b_x, mean[:, None], rsqrt[:, None], BINS, REACH)
-        free = (tl.load(always + o_n, mask=m_n, other=1) == 0)[None, :] & ~dense[:, None]
-        free = free & (o_n[None, :] != o_row[:, None]) & m_row[:, None]
-        # what is not free goes to step 0, and is taken off again: older Tritons have no mask here
-        step = tl.where(free, step, 0)
-        taken = tl.sum(tl.sum((~free).to(tl.int32), 1), 0)
-        counted += tl.histogram(tl.reshape(step, [ROWS * BC]), BINS)
-        counted -= tl.where(tl.arange(0, BINS) == 0, taken, 0)
-    o_bin = tl.arange(0, BINS)
-    tl.atomic_add(histogram + i_b * BINS + o_bin, counted, mask=counted > 0)
+    if not EACH_ROW:
+        # how many entries of this program fall into each step of z; a whole program waits for its x
+        tl.debug_barrier()
+        dense = tl.load(dense_rows + o_row, mask=m_row, other=1) != 0
+        counted = tl.zeros([BINS], tl.int32)
+        for i_n in range(0, N, BC):
+            o_n = i_n + tl.arange(0, BC)
+            m_n = o_n < N
+            b_x = tl.load(p_x + o_n[None, :], mask=m_row[:, None] & m_n[None, :], other=0.0)
+            step = step_of_z(b_x, mean[:, None], rsqrt[:, None], BINS, REACH)
+            free = (tl.load(always + o_n, mask=m_n, other=1) == 0)[None, :] & ~dense[:, None]
+            free = free & (o_n[None, :] != o_row[:, None]) & m_row[:, None]
+            # what is not free goes to step 0, and is taken off again: older Tritons have no mask here
+            step = tl.where(free, step, 0)
+            taken = tl.sum(tl.sum((~free).to(tl.int32), 1), 0)
+            counted += tl.histogram(tl.reshape(step, [ROWS * BC]), BINS)
+            counted -= tl.where(tl.arange(0, BINS) == 0, taken, 0)
+        o_bin = tl.arange(0, BINS)
+        tl.atomic_add(histogram + i_b * BINS + o_bin, counted, mask=counted > 0)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
 def tile_list_kernel(
     x, stats, histogram, offsets, always, dense_rows, keep, indices, counts, pairs, H, N, density,
-    BN: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr,
+    BN: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr, EACH_ROW: tl.constexpr,
 ):
     """One row of the map: what it keeps, as bytes and as a list."""
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b = i_bh // H
     i_row = i_bh.to(tl.int64) * N + i_q
-    counted = tl.load(histogram + i_b * BINS + tl.arange(0, BINS)).to(tl.float32)
-    above = tl.cumsum(counted, 0, reverse=True)
-    free = tl.sum(counted, 0)
-    entries = H.to(tl.float32) * N * N
-    room = density * entries - (entries - free)
-    first = tl.sum((above > room).to(tl.int32), 0)
-
     mean = tl.load(stats + i_row * 2)
     rsqrt = tl.load(stats + i_row * 2 + 1)
     dense = tl.load(dense_rows + i_q) != 0
     own = tl.load(offsets + i_q + 1) - tl.load(offsets + i_q)
+    if EACH_ROW:
+        row_steps = tl.zeros([BINS], tl.int32)
+        for i_n in range(0, N, BN):
+            o_n = i_n + tl.arange(0, BN)
+            b_x = tl.load(x + i_row * N + o_n, mask=o_n < N, other=0.0)
+            loose = (tl.load(always + o_n, mask=o_n < N, other=1) == 0) & (o_n != i_q) & ~dense
+            step = tl.where(loose, step_of_z(b_x, mean, rsqrt, BINS, REACH), 0)
+            # as above: what is not free is taken off step 0 again
+            row_steps += tl.histogram(step, BINS)
+            row_steps -= tl.where(tl.arange(0, BINS) == 0, tl.sum((~loose).to(tl.int32), 0), 0)
+        counted = row_steps.to(tl.float32)
+        # whole tiles a row
+        entries, asked = N.to(tl.float32), tl.floor(density * N + 0.5)
+    else:
+        counted = tl.load(histogram + i_b * BINS + tl.arange(0, BINS)).to(tl.float32)
+        entries = H.to(tl.float32) * N * N
+        asked = density * entries
+    above = tl.cumsum(counted, 0, reverse=True)
+    room = asked - (entries - tl.sum(counted, 0))
+    first = tl.sum((above > room).to(tl.int32), 0)
+    # what a row still has room for, out of the step that does not fit whole
+    left = room - tl.sum(tl.where(tl.arange(0, BINS) == first, above, 0.0), 0)
+    n_left = tl.zeros([], tl.int32)
+
     n_kept = tl.zeros([], tl.int32)
     n_keys = tl.zeros([], tl.int64)
     for i_n in range(0, N, BN):
@@ -146,8 +165,14 @@ def tile_list_kernel(
         m_n = o_n < N
         b_x = tl.load(x + i_row * N + o_n, mask=m_n, other=0.0)
         step = step_of_z(b_x, mean, rsqrt, BINS, REACH)
-        kept = (step >= first) | (tl.load(always + o_n, mask=m_n, other=0) != 0)
-        kept = (kept | dense | (o_n == i_q)) & m_n
+        must = (tl.load(always + o_n, mask=m_n, other=0) != 0) | dense | (o_n == i_q)
+        kept = (step >= first) | must
+        if EACH_ROW:
+            edge = (step == first - 1) & ~must & m_n
+            rank = n_left + tl.cumsum(edge.to(tl.int32), 0)
+            kept = kept | (edge & (rank <= left))
+            n_left += tl.sum(edge.to(tl.int32), 0)
+        kept = kept & m_n
         place = n_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(keep + i_row * N + o_n, kept.to(tl.uint8), mask=m_n)
         tl.store(indices + i_row * N + place, o_n, mask=kept)

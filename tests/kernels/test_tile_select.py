@@ -25,18 +25,22 @@ def problem(batch=1, heads=2, kv_heads=2, tokens=200, dim=16, block=16, seed=0):
 @given(
     batch=st.integers(1, 2), groups=st.integers(1, 2), kv_heads=st.integers(1, 2),
     tokens=st.integers(1, 230), density=st.floats(0.01, 1), probes=st.integers(1, 9),
-    seed=st.integers(0, 99),
+    each_row=st.booleans(), seed=st.integers(0, 99),
 )
-def test_budget_and_lists(batch, groups, kv_heads, tokens, density, probes, seed):
+def test_budget_and_lists(batch, groups, kv_heads, tokens, density, probes, each_row, seed):
     q, mean, offsets, always = problem(batch, groups * kv_heads, kv_heads, tokens, seed=seed)
     blocks = len(offsets) - 1
     always[0] = True
     dense = torch.zeros_like(always)
     dense[-1] = True
-    found = tile_select(q, mean, offsets, always, dense, density=density, probes=probes)
+    found = tile_select(q, mean, offsets, always, dense, density=density, probes=probes,
+                        each_row=each_row)
     must = torch.eye(blocks, dtype=torch.bool) | always | dense[:, None]
     assert found.keep[..., must].all()
-    for sample in found.keep:
+    if each_row:
+        asked = must.sum(-1).clamp_min(int(density * blocks + 0.5))
+        assert (found.counts == asked).all()
+    for sample in found.keep if not each_row else ():
         # never above the budget, unless what must be kept already is
         assert sample.float().mean() <= max(density, float(must.float().mean())) + 1e-6
     assert torch.equal(found.counts, found.keep.sum(-1).int())

@@ -110,8 +110,8 @@ def test_tile_select(dtype, case):
     blocks = len(offsets) - 1
     mean = torch.randn(batch, kv_heads, blocks, dim, generator=g).to(dtype).to(DEVICE)
     always, dense = (torch.arange(blocks, device=DEVICE) == n for n in (1, blocks - 1))
-    for density in (0.3, 0.6, 1.0):
-        options = {"density": density, "probes": probes}
+    for density, each_row in ((0.3, False), (0.6, False), (1.0, False), (0.3, True), (1.0, True)):
+        options = {"density": density, "probes": probes, "each_row": each_row}
         with poisoned():
             found = tile_select(q, mean, offsets, always, dense, **options, impl="triton")
         wanted = tile_select(q, mean, offsets, always, dense, **options, impl="torch")
