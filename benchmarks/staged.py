@@ -1,18 +1,20 @@
-"""Quality of staged sampling on the shipped models, against plain fewer steps of equal cost.
+"""Quality of staged sampling on a shipped model, against plain fewer steps of equal cost.
 
-python benchmarks/staged.py --kind picture --samples 16 --seconds 170   # again until all is done
-python benchmarks/staged.py --kind clip --device cuda --samples 128
+python benchmarks/staged.py --kind picture --device cuda            # each about a minute on an H200
+python benchmarks/staged.py --kind clip --device cuda
+python benchmarks/staged.py --model tiny-image --device cuda
+python benchmarks/staged.py --tune 2 --device cuda                  # which stages win at 2x less
+python benchmarks/staged.py --prompts 4 --seeds 1 --seconds 170     # a CPU; again until all is done
 
 Pictures differ from stock's by design, so likeness to stock says nothing here. What is measured,
-by a classifier: does the picture show what was asked for; how near is the set to renders of the
-same captions (kernel distance on the classifier's features, unbiased for small sets); sharpness.
+by a classifier: does the picture show what was asked for, and how likely does that look; how near
+is the set to renders of the same captions (kernel distance on the classifier's features, unbiased
+for small sets); sharpness. Every row has the same prompts and seeds.
 """
 
 import argparse
-import importlib
 import json
 import math
-import random
 import sys
 import tempfile
 import time
@@ -20,300 +22,223 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record  # noqa: E402
-from tiny_video import decode as decode_wan  # noqa: E402
-from tiny_video import mean_ci, synchronize  # noqa: E402
+from likeness import mean_ci  # noqa: E402
+from staged_judge import Bench, Sample, kernel_distance, scales_of  # noqa: E402
+from staged_rows import Row, grid, rows  # noqa: E402
 
-import fastdiff  # noqa: E402
-from fastdiff.models import find, load  # noqa: E402
-from training.captions import MOTIONS, Scene, plain_caption  # noqa: E402
-from training.classifier import DIRECTIONS, direction, displacement  # noqa: E402
-from training.data import load_sprites, make_batch, render  # noqa: E402
-from training.sampling import held_out_scenes  # noqa: E402
-
-
-def variants() -> dict[str, dict[str, Any] | float | None]:
-    """Every run: None is stock, a number is that fraction of its steps, else staged settings."""
-    rows: dict[str, dict[str, Any] | float | None] = {"stock": None}
-    for share in (0.75, 0.65, 0.5, 0.35, 0.25, 0.2):
-        rows[f"{share:g} of the steps"] = share
-    stages = {
-        "1.5x": ("1:0.25, 0.5:0.6:0.9, 1:0.25:0.7", "1:0.25, 0.5:0.6:0.9, 1:0.25:0.7"),
-        "2x": ("1:0.15, 0.5:0.4:0.9, 1:0.25:0.8", "1:0.15, 0.5:0.4:0.9, 1:0.25:0.75"),
-        "3x": ("1:0.1, 0.5:0.35:0.9, 1:0.15:0.8", "1:0.1, 0.5:0.35:0.9, 1:0.15:0.75"),
-        "4x": ("1:0.1, 0.5:0.2:0.9, 1:0.1:0.8", "1:0.1, 0.5:0.2:0.9, 1:0.1:0.75"),
-    }
-    for budget, (restart, going_on) in stages.items():
-        rows[f"{budget} restart"] = {"stages": restart}
-        rows[f"{budget} continue"] = {"stages": going_on, "transition": "continue"}
-        rows[f"{budget} matched-noise"] = {"stages": going_on, "transition": "matched-noise"}
-    rows |= {
-        "2x restart, correlated noise": {"stages": stages["2x"][0], "noise": "correlated"},
-        "2x restart, later and sharper": {"stages": "1:0.2, 0.5:0.4:0.8, 1:0.2:0.6"},
-        "2x restart, scale 0.75": {"stages": "1:0.1, 0.75:0.35:0.9, 1:0.2:0.7"},
-        "2x continue, scale 0.75": {"stages": "1:0.1, 0.75:0.35:0.95, 1:0.2:0.6",
-                                    "transition": "continue"},
-        "2x low to high, continue": {"stages": "0.5:0.4, 1:0.4:0.9", "transition": "continue"},
-        "2x low to high, restart": {"stages": "0.5:0.4, 1:0.4:0.85"},
-        "2x low to high, matched-noise": {"stages": "0.5:0.4, 1:0.4:0.9",
-                                          "transition": "matched-noise"},
-        "4x low to high, matched-noise": {"stages": "0.5:0.2, 1:0.2:0.9",
-                                          "transition": "matched-noise"},
-        "preset balanced": {"preset": "balanced"},
-        "preset balanced, restart": {"preset": "balanced", "transition": "restart"},
-        "preset fast": {"preset": "fast"},
-        "preset video": {"preset": "video"},
-    }
-    return rows
+FIGURES = ("object", "colour", "pattern", "object_every_frame", "direction", "likelihood",
+           "sharpness")
+# seeds from here on have not chosen anything
+FRESH = 1_000_000
+Made = dict[str, list[Sample]]
 
 
-def enter(pipe: Any, settings: dict[str, Any] | float | None) -> None:
-    fastdiff.disable(pipe)
-    if isinstance(settings, dict):
-        # the shipped models say nothing of the sizes they were trained at
-        fastdiff.enable(pipe, "bottleneck", force=True, **settings)
+class Store:
+    """Finished samples of every row, in a folder, so that a run can go on where one ended."""
+
+    def __init__(self, bench: Bench, folder: Path, batch: int, seconds: float) -> None:
+        self.bench, self.folder, self.batch = bench, folder, batch
+        self.deadline = time.perf_counter() + seconds
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, row: Row, samples: range) -> list[Sample] | None:
+        """A row's samples; None when the time is over."""
+        found: list[Sample] = []
+        for begin in range(samples.start, samples.stop, self.batch):
+            part = range(begin, min(begin + self.batch, samples.stop))
+            name = "".join(c if c.isalnum() else "_" for c in row.name)
+            path = self.folder / f"{name}-{part.start}-{part.stop}.json"
+            if not path.exists():
+                if time.perf_counter() > self.deadline:
+                    return None
+                made = (self.bench.renders(part) if row.name == "renders"
+                        else self.bench.samples(part, row))
+                path.write_text(json.dumps(made))
+                print(f"{part.start}+{len(part)} {row.name}", flush=True)
+            found += json.loads(path.read_text())
+        return found
 
 
-class Bench:
-    """One model and kind: makes samples, counts their cost, judges them."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.model = find(args.model)
-        best = self.model.defaults
-        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        self.pipe = load(self.model, device=args.device, dtype=dtype)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.clip = args.kind == "clip"
-        self.steps = args.steps or best.steps or 20
-        size = args.size or best.height or 256
-        self.call: dict[str, Any] = {
-            "height": size, "width": size, "guidance_scale": best.guidance, **best.arguments}
-        if best.frames:
-            self.call["num_frames"] = best.frames if self.clip else 1
-        self.judge = importlib.import_module(args.judge).load_judge(args.device)
-        self.scenes = held_out_scenes(args.samples, clip=self.clip)
-
-    def latents(self, begin: int, count: int, settings: Any, steps: int | None = None) -> Tensor:
-        enter(self.pipe, settings)
-        asked = steps or self.steps
-        if isinstance(settings, float):
-            asked = max(1, round(settings * asked))
-        generators = [torch.Generator("cpu").manual_seed(begin + i) for i in range(count)]
-        prompts = [plain_caption(scene) for scene in self.scenes[begin : begin + count]]
-        out = self.pipe(prompts, generator=generators, num_inference_steps=asked,
-                        output_type="latent", return_dict=False, **self.call)
-        return out[0]
-
-    @torch.no_grad()
-    def frames(self, latents: Tensor) -> Tensor:
-        """[B, T, 3, E, E] in [0, 1], float32."""
-        if type(self.pipe.vae).__name__ == "AutoencoderKLWan":
-            return decode_wan(self.pipe, latents)
-        height, width = self.call["height"], self.call["width"]
-        if latents.ndim == 3:
-            latents = self.pipe._unpack_latents(
-                latents, height, width, self.pipe.vae_scale_factor)
-        config = self.pipe.vae.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        pictures = self.pipe.vae.decode(latents.to(self.pipe.vae.dtype)).sample
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)[:, None]
-
-    @torch.no_grad()
-    def look(self, frames: Tensor) -> dict[str, Tensor]:
-        """What the judge says, and its features, all [B, T, ...] on the CPU."""
-        flat = frames.flatten(0, 1)
-        sharp = _sharpness(flat).unflatten(0, frames.shape[:2])
-        if flat.shape[-1] != 256:
-            flat = F.interpolate(flat, (256, 256), mode="area")
-        kept: list[Tensor] = []
-        hook = self.judge.late.register_forward_hook(
-            lambda module, args, out: kept.append(out.mean((2, 3))))
-        parts = [self.judge(part * 2 - 1) for part in flat.to(self.args.device).split(64)]
-        hook.remove()
-        found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        found |= {"features": torch.cat(kept)}
-        found = {key: x.float().cpu().unflatten(0, frames.shape[:2]) for key, x in found.items()}
-        return {**found, "sharpness": sharp.cpu()}
-
-    def samples(self, begin: int, count: int, settings: Any) -> list[dict[str, Any]]:
-        """One dict a sample."""
-        synchronize(self.args.device)
-        start = time.perf_counter()
-        latents = self.latents(begin, count, settings)
-        synchronize(self.args.device)
-        seconds = (time.perf_counter() - start) / count
-        seen = self.look(self.frames(latents))
-        return [{"seconds": seconds, **self._told(seen, i, self.scenes[begin + i])}
-                for i in range(count)]
-
-    def _told(self, seen: dict[str, Tensor], i: int, scene: Scene) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "object": int(seen["object"][i].softmax(-1).mean(0).argmax() == scene.obj),
-            "colour": int(seen["colour"][i].mean(0).argmax() == scene.colour),
-            "pattern": int(seen["pattern"][i].mean(0).argmax() == scene.pattern),
-            "object_every_frame":
-                float((seen["object"][i].argmax(-1) == scene.obj).float().mean()),
-            "sharpness": float(seen["sharpness"][i].mean()),
-            "features": [round(x, 4) for x in seen["features"][i].mean(0).tolist()],
-        }
-        if self.clip and scene.motion is not None and MOTIONS[scene.motion] in DIRECTIONS:
-            moved = displacement(seen["centre"][i : i + 1])
-            row["direction"] = int(direction(moved)[0] == MOTIONS[scene.motion])
-        return row
-
-    def renders(self) -> list[dict[str, Any]]:
-        """The same captions, drawn by the training world: what a perfect model would make."""
-        frames = self.call.get("num_frames", 1)
-        sprites = load_sprites(self.args.device)
-        rows = []
-        for i, scene in enumerate(self.scenes):
-            batch = make_batch([scene], random.Random(i), frames)
-            clip = render(batch, sprites, self.call["height"]).float() / 2 + 0.5
-            rows.append({"seconds": 0.0, **self._told(self.look(clip), 0, scene)})
-        return rows
-
-    def flops(self, settings: Any) -> float:
-        """Floating-point operations of one sample's denoising and prompt."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.latents(0, 1, settings)
-        return float(counter.get_total_flops())
+def compare(store: Store, wanted: list[Row], samples: range) -> Made:
+    """Samples of all rows, batch by batch; as many of each as the time allows for all."""
+    made: Made = {row.name: [] for row in [Row("renders"), *wanted]}
+    for begin in range(samples.start, samples.stop, store.batch):
+        part = range(begin, min(begin + store.batch, samples.stop))
+        found = {row.name: store.get(row, part) for row in [Row("renders"), *wanted]}
+        if any(samples is None for samples in found.values()):
+            break
+        for name, part_made in found.items():
+            made[name] += part_made or []
+    return made
 
 
-def _sharpness(frames: Tensor) -> Tensor:
-    """Mean absolute Laplacian of the grey picture, [N]."""
-    grey = frames.mean(1, keepdim=True)
-    kernel = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
-    return F.conv2d(grey, kernel).abs().mean((1, 2, 3))
+def score(samples: list[Sample], renders: list[Sample]) -> float:
+    """What `--tune` ranks by: how likely what was asked looks, and how near the set is to renders.
 
-
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD with the cubic kernel, as in KID; features are scaled by those of b.
-
-    Row i of both shows the same caption, so a sample never meets its own twin.
+    Mean log probability of what was asked, in nats, plus the share of right directions, minus the
+    kernel distance.
     """
-    scale = b.std(0).clamp_min(1e-3)
-    a, b = (a - b.mean(0)) / scale, (b - b.mean(0)) / scale
-    d = a.shape[1]
-
-    def k(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / d + 1) ** 3
-
-    def mean(values: Tensor) -> Tensor:
-        n = len(values)
-        return (values.sum() - values.diagonal().sum()) / (n * (n - 1))
-
-    return float(mean(k(a, a)) + mean(k(b, b)) - 2 * mean(k(a, b)))
+    likely = [sample["likelihood"] for sample in samples]
+    moved = [sample["direction"] for sample in samples if "direction" in sample]
+    right = sum(moved) / len(moved) if moved else 0.0
+    return sum(likely) / len(likely) + right - _distance(samples, renders)
 
 
-def run(bench: Bench, args: argparse.Namespace) -> bool:
-    """Add samples to the work folder until all are there or the time is over."""
-    deadline = time.perf_counter() + args.seconds
-    args.work.mkdir(parents=True, exist_ok=True)
-    wanted = {name: s for name, s in variants().items() if not args.only or name in args.only}
-    renders = args.work / "renders.json"
-    if not renders.exists():
-        renders.write_text(json.dumps(bench.renders()))
-    for begin in range(0, args.samples, args.batch):
-        count = min(args.batch, args.samples - begin)
-        for name, settings in wanted.items():
-            path = args.work / f"{name.replace(' ', '_').replace(',', '')}-{begin}.json"
-            if path.exists():
-                continue
-            if time.perf_counter() > deadline:
-                return False
-            path.write_text(json.dumps({"variant": name, "rows": bench.samples(begin, count,
-                                                                               settings)}))
-            print(f"{begin}+{count} {name}", flush=True)
-    costs = args.work / "flops.json"
-    known = json.loads(costs.read_text()) if costs.exists() else {}
-    for name, settings in wanted.items():
-        if name not in known:
-            if time.perf_counter() > deadline:
-                return False
-            known[name] = bench.flops(settings)
-            costs.write_text(json.dumps(known))
-    return True
+def tune(store: Store, candidates: list[Row]) -> list[tuple[float, Row]]:
+    """The best rows of a grid, best first: a quarter goes on to the next round, on new seeds too.
+
+    The scores are too good, because they chose the row; judge it on other samples.
+    """
+    seen: Made = {row.name: [] for row in [Row("renders"), *candidates]}
+    left, begin, ranked = candidates, 0, [(-math.inf, row) for row in candidates]
+    for batches in (1, 1, 2):
+        part = range(begin, begin + batches * store.batch)
+        renders = store.get(Row("renders"), part)
+        if renders is None:
+            break
+        seen["renders"] += renders
+        for row in left:
+            seen[row.name] += store.get(row, part) or []
+        complete = [row for row in left if len(seen[row.name]) == part.stop]
+        if len(complete) < len(left) and begin:
+            break  # the time is over; a round in which not all took part decides nothing
+        ranked = sorted(((score(seen[row.name], seen["renders"]), row) for row in complete),
+                        key=lambda found: -found[0])
+        left, begin = [row for _, row in ranked[: max(2, len(ranked) // 4)]], part.stop
+    return ranked
 
 
-def summary(work: Path) -> list[dict[str, Any]]:
-    samples: dict[str, list[dict[str, Any]]] = {}
-    # in the order of the captions
-    for path in sorted(work.glob("*-*.json"), key=lambda p: int(p.stem.rpartition("-")[2])):
-        found = json.loads(path.read_text())
-        samples.setdefault(found["variant"], []).extend(found["rows"])
-    renders = json.loads((work / "renders.json").read_text())
-    costs = json.loads((work / "flops.json").read_text())
-    real = torch.tensor([row["features"] for row in renders])
-    rows = []
-    for name in ["renders", *variants()]:
-        found = renders if name == "renders" else samples.get(name)
-        if not found:
-            continue
-        features = torch.tensor([row["features"] for row in found])
-        row: dict[str, Any] = {
-            "variant": name, "samples": len(found),
-            "work": round(costs[name] / costs["stock"], 4) if name in costs else None,
-            "kernel_distance": None if name == "renders" else kernel_distance(features, real),
-        }
-        for figure in ("object", "colour", "pattern", "object_every_frame", "direction",
-                       "sharpness"):
-            values = [float(sample[figure]) for sample in found if figure in sample]
-            if values:
-                row[figure] = mean_ci(values)
-        if name in costs:
-            row["seconds_a_sample"] = record.spread([sample["seconds"] for sample in found])
-        rows.append(row)
-    return rows
+def summary(
+    bench: Bench, wanted: list[Row], made: Made, costs: dict[float, float]
+) -> list[dict[str, Any]]:
+    real = torch.tensor([sample["features"] for sample in made["renders"]])
+    found = [_figures("renders", made["renders"], None)]
+    for row in wanted:
+        samples, work = made[row.name], bench.work(row, costs)
+        about = _figures(row.name, samples, _distance(samples, made["renders"]))
+        about |= {"work": round(work, 4), "options": row.options, "steps": row.steps,
+                  "seconds_a_sample": record.spread([sample["seconds"] for sample in samples])}
+        fewer = _equal_cost(wanted, work * bench.steps)
+        if row.options is not None and fewer is not None:
+            gains = [a["likelihood"] - b["likelihood"]
+                     for a, b in zip(samples, made[fewer.name], strict=True)]
+            about["likelihood_over"] = {"run": fewer.name, **mean_ci(gains)}
+        found.append(about)
+    assert len(real) == found[0]["samples"]
+    return found
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        figures = " ".join(
-            f"{name} {row[name]['mean']:.3f}" for name in
-            ("object", "colour", "pattern", "direction", "sharpness") if name in row)
-        distance = row["kernel_distance"]
-        print(f"{row['variant']:<34} work {row['work'] or math.nan:5.3f} "
-              f"distance {math.nan if distance is None else distance:8.4f} {figures}")
+def _figures(name: str, samples: list[Sample], distance: float | None) -> dict[str, Any]:
+    about: dict[str, Any] = {"variant": name, "samples": len(samples), "work": None,
+                             "kernel_distance": distance}
+    for figure in FIGURES:
+        values = [float(sample[figure]) for sample in samples if figure in sample]
+        if values:
+            about[figure] = mean_ci(values)
+    return about
+
+
+def _equal_cost(wanted: list[Row], steps: float) -> Row | None:
+    """Fewer steps of about this work, never of more than a tenth less."""
+    plain = [row for row in wanted if row.options is None and row.steps is not None]
+    near = [row for row in plain if row.steps and row.steps >= 0.9 * steps]
+    return min(near, key=lambda row: row.steps or 0, default=None)
+
+
+def _distance(samples: list[Sample], renders: list[Sample]) -> float:
+    one, two = (torch.tensor([sample["features"] for sample in made[: len(samples)]])
+                for made in (samples, renders))
+    return kernel_distance(one, two)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    for row in found:
+        figures = " ".join(f"{name} {row[name]['mean']:.3f}" for name in FIGURES if name in row)
+        distance, over = row["kernel_distance"], row.get("likelihood_over")
+        gain = "" if over is None else (f" over {over['run']}: {over['mean']:+.3f} "
+                                        f"± {over['ci95'] or math.nan:.3f}")
+        print(f"{row['variant']:<44} work {row['work'] or math.nan:5.3f} "
+              f"distance {math.nan if distance is None else distance:7.4f} {figures}{gain}")
+
+
+def verdict(found: list[dict[str, Any]]) -> str:
+    """Which stages beat fewer steps of equal cost, by more than chance."""
+    better = [row["variant"] for row in found
+              if (over := row.get("likelihood_over")) and over["mean"] > (over["ci95"] or math.inf)]
+    return f"more likely than fewer steps of equal cost: {', '.join(better) or 'none'}"
 
 
 def main() -> None:
+    args = _arguments()
+    folder = args.work or Path(tempfile.mkdtemp())
+    start = time.perf_counter()
+    bench = Bench(args.model, args.kind, args.device, args.prompts, judge=args.judge,
+                  steps=args.steps, size=args.size, frames=args.frames)
+    gpu = args.device == "cuda"
+    batch = args.batch or ((16 if bench.clip else 64) if gpu else 2)
+    store = Store(bench, folder, batch, args.seconds - (time.perf_counter() - start))
+    costs = bench.costs({0.5, 0.75})
+    budgets = args.budgets if args.tune is None else [args.tune]
+    name = f"{Path(args.model).name}_{args.kind}_{args.device}.json"
+    results = args.output / f"staged_tune_{name}"
+    tuned = None
+    if args.tune is not None:
+        candidates = grid(bench.steps, costs, args.tune, args.candidates or (64 if gpu else 6))
+        ranked = tune(store, candidates)
+        best = ranked[0][1]
+        print(f"tuned at {args.tune:g}x: {best.name} (of {len(candidates)}, {len(ranked)} left)")
+        tuned = {"budget": args.tune, "steps": bench.steps, "options": best.options}
+    elif results.exists():
+        tuned = json.loads(results.read_text())["settings"]["tuned"]
+        tuned = tuned if tuned["steps"] == bench.steps else None
+    wanted = [row for row in rows(bench.steps, costs, budgets, tuned)
+              if not args.only or row.name in args.only]
+    costs = bench.costs(scales_of(wanted))
+    first = 0 if args.tune is None else FRESH
+    made = compare(store, wanted, range(first, first + args.prompts * args.seeds))
+    if not made["renders"]:
+        print(f"stopped before the first batch was whole; run again with --work {folder}")
+        return
+    found = summary(bench, wanted, made, costs)
+    show(found)
+    print(verdict(found))
+    settings = {"model": Path(args.model).name, "kind": args.kind, "samples": len(made["renders"]),
+                "prompts": args.prompts, "batch": batch, "steps": bench.steps, "call": bench.call,
+                "judge": args.judge, "budgets": budgets, "tuned": tuned,
+                "step_cost": {f"{scale:g}": cost for scale, cost in costs.items()}}
+    path = results if args.tune is not None else args.output / f"staged_{name}"
+    record.write(path, "staged", args.device, settings, found)
+    print(path)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny-video")
     parser.add_argument("--kind", choices=("picture", "clip"), default="picture")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--judge", default="training.judge",
                         help="module with load_judge(device), a classifier of the model's world")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=8, help="of each prompt")
+    parser.add_argument("--batch", type=int, help="samples a call; None: 64 pictures or 16 clips")
     parser.add_argument("--steps", type=int, help="of stock; None takes the model's own")
     parser.add_argument("--size", type=int, help="pixels; None takes the model's own")
-    parser.add_argument("--only", nargs="*", default=[], help="variants to run, by their names")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; run again")
-    parser.add_argument("--work", type=Path, help="folder of finished samples, for resuming")
+    parser.add_argument("--frames", type=int, help="of a clip; None takes the model's own")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[1.5, 2.0, 3.0],
+                        help="times less work")
+    parser.add_argument("--tune", type=float, metavar="BUDGET",
+                        help="try a grid of stages at this budget, then judge the best one")
+    parser.add_argument("--candidates", type=int, help="of the grid; None: 64, or 6 on a CPU")
+    parser.add_argument("--only", nargs="*", default=[], help="rows to run, by their names")
+    parser.add_argument("--seconds", type=float, default=math.inf,
+                        help="stop then, and tell what is whole; run again for the rest")
+    parser.add_argument("--work", type=Path, help="folder of finished samples, for going on")
     parser.add_argument("-o", "--output", type=Path, default=record.RESULTS)
-    args = parser.parse_args()
-    args.work = args.work or Path(tempfile.mkdtemp())
-    bench = Bench(args)
-    done = run(bench, args)
-    if not done:
-        print(f"stopped; run again with --work {args.work}")
-        return
-    rows = summary(args.work)
-    show(rows)
-    settings = {"model": args.model, "kind": args.kind, "samples": args.samples,
-                "steps": bench.steps, "call": bench.call, "judge": args.judge,
-                "variants": {k: v for k, v in variants().items() if v is not None}}
-    name = f"staged_{args.model}_{args.kind}_{args.device}.json"
-    record.write(args.output / name, "staged", args.device, settings, rows)
-    print(args.output / name)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Whole denoising loops of full-size architectures with random weights: stock against staged.
+"""Denoising loops of full-size architectures with random weights: stock against staged.
 
-python benchmarks/staged_gpu.py                  # one GPU, about three minutes
+python benchmarks/staged_gpu.py                  # one GPU, under two minutes
+python benchmarks/staged_gpu.py --cases flux-2048 --runs fast "fast and tile-sparse"
+python benchmarks/staged_gpu.py --whole --cases flux-1024      # loops as they are, step by step
 python benchmarks/staged_gpu.py --tiny           # the same code on a CPU, in seconds
 
-Random weights: the time of a step does not depend on them. The loop is the stock pipeline's call
-with text embeddings given, up to the latents, and every step is timed; one untimed loop first.
-Where `cap` is set, at most so many steps of a stage are run and the loop's time is their mean times
-the stage's steps; rows say how many were run. Quality is measured on trained models
-(benchmarks/staged.py).
+Random weights: the time of a step does not depend on them. A step is timed inside the stock
+pipeline's call, with text embeddings given, at each size that a stage has; a loop is the sum of its
+steps, and its rows say so. What happens between stages (a resize, a draw of noise) is not in the
+sum; `--whole` runs staged calls from end to end, which says how much that is. Quality is measured
+on trained models (benchmarks/staged.py).
 """
 
 # diffusers exports its classes lazily and annotates arguments narrowly
@@ -19,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +34,35 @@ import record  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.method import Method  # noqa: E402
-from fastdiff.pipelines.bottleneck import BottleneckSampling, Stage  # noqa: E402
+from fastdiff.pipelines.bottleneck import BottleneckSampling  # noqa: E402
 from fastdiff.policies.tile_sparse import TileSparse  # noqa: E402
 
 STEPS = 50
 SPARSE = TileSparse(density=0.15, dense_steps=0)
 PRESETS = {name: BottleneckSampling(name) for name in ("balanced", "fast", "video")}
+SUM, WHOLE = "sum of measured steps", "whole loops"
+# a step that will take longer is not repeated only to warm up
+LONG_STEP = 5.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline at a size, and the method sets to time beside stock.
-
-    repeats: timed loops of each, after one that is not. cap: see above.
-    """
+    """A pipeline at a size, and the method sets to time beside stock. multiple: of a side."""
 
     build: Callable[[bool, str], tuple[Any, dict[str, Any]]]
     size: dict[str, int]
     tiny: dict[str, int]
     runs: dict[str, tuple[Method, ...]]
-    repeats: int = 2
-    cap: int | None = None
-    stock_cap: int | None = None
+    multiple: int = 16
+
+    def at(self, scale: float, tiny: bool) -> dict[str, int]:
+        """Arguments of a call at this scale, rounded as stages are."""
+        found = dict(self.tiny if tiny else self.size)
+        if scale != 1:
+            step = self.multiple // 4 if tiny and self.build is flux else self.multiple
+            for side in ("height", "width"):
+                found[side] = round(scale * found[side] / step) * step
+        return found
 
 
 def flux(tiny: bool, device: str) -> tuple[Any, dict[str, Any]]:
@@ -97,12 +106,11 @@ CASES = {
     "flux-2048": Case(
         flux, {"height": 2048, "width": 2048}, {"height": 96, "width": 96},
         {**{name: (PRESETS[name],) for name in ("balanced", "fast")},
-         "fast and tile-sparse": (SPARSE, PRESETS["fast"])}, repeats=1, cap=4, stock_cap=6),
+         "fast and tile-sparse": (SPARSE, PRESETS["fast"])}),
     "hunyuan-720p": Case(
         hunyuan, {"height": 720, "width": 1280, "num_frames": 129},
         {"height": 64, "width": 96, "num_frames": 9},
-        {"video": (PRESETS["video"],), "video and tile-sparse": (SPARSE, PRESETS["video"])},
-        repeats=1, cap=1, stock_cap=1),
+        {"video": (PRESETS["video"],), "video and tile-sparse": (SPARSE, PRESETS["video"])}),
 }
 
 
@@ -117,24 +125,18 @@ def _random(model: Any, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=model.device, dtype=model.dtype)
 
 
-def capped(method: Method, cap: int | None, force: bool) -> Method:
-    """The same method, with at most `cap` steps in each stage."""
-    if not isinstance(method, BottleneckSampling):
-        return replace(method, min_tokens=1) if force else method
-    if cap is None and not force:
-        return method
-    chosen = method.chosen
-    stages = [Stage(s.scale, min(s.count(STEPS), cap or STEPS), s.sigma_start, s.shift)
-              for s in chosen.stages]
-    return BottleneckSampling(stages=stages, transition=chosen.transition, force=force)
-
-
-def stage_steps(methods: tuple[Method, ...]) -> list[int]:
-    """Steps of every stage in a call of STEPS; stock is one stage."""
+def stages(methods: tuple[Method, ...]) -> list[tuple[float, int]]:
+    """(scale, steps) of every stage in a call of STEPS; stock is one stage."""
     for method in methods:
         if isinstance(method, BottleneckSampling):
-            return [stage.count(STEPS) for stage in method.chosen.stages]
-    return [STEPS]
+            return [(stage.scale, stage.count(STEPS)) for stage in method.chosen.stages]
+    return [(1.0, STEPS)]
+
+
+def attention(methods: tuple[Method, ...], tiny: bool) -> tuple[Method, ...]:
+    """What runs in every step besides the stages."""
+    found = [method for method in methods if not isinstance(method, BottleneckSampling)]
+    return tuple(replace(method, min_tokens=1) if tiny else method for method in found)
 
 
 def timed_call(pipe: Any, call: dict[str, Any], steps: int, device: str) -> list[float]:
@@ -160,72 +162,143 @@ def timed_call(pipe: Any, call: dict[str, Any], steps: int, device: str) -> list
     return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
 
 
-def measure(name: str, case: Case, tiny: bool, device: str) -> list[dict[str, Any]]:
-    pipe, call = case.build(tiny, device)
-    pipe.set_progress_bar_config(disable=True)
-    call |= case.tiny if tiny else case.size
-    runs = {"stock": (), **case.runs}
-    loops: dict[str, list[float]] = {run: [] for run in runs}
-    told: dict[str, dict[str, Any]] = {}
-    warm = 1 if device == "cuda" else 0
-    for repeat in range(-warm, case.repeats):
-        for run, methods in runs.items():
-            fastdiff.disable(pipe)
-            whole = stage_steps(methods)
-            cap = case.cap if methods else case.stock_cap
-            steps = min(STEPS, case.stock_cap or STEPS) if not methods else STEPS
-            if repeat < 0 and case.cap == 1 and SPARSE not in methods:
-                continue  # a step of this size takes so long that only a kernel's build shows
+@dataclass
+class Machine:
+    """One pipeline on one device, and the steps that were timed on it."""
+
+    pipe: Any
+    call: dict[str, Any]
+    device: str
+    tiny: bool
+    repeats: int
+    _known: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def step(self, case: Case, scale: float, methods: tuple[Method, ...]) -> dict[str, Any]:
+        """Seconds of single steps at this scale, and whether steps before them warmed up."""
+        size = case.at(scale, self.tiny)
+        guess = self._guess(size)
+        key = (tuple(size.values()), methods)
+        if key not in self._known:
+            fastdiff.disable(self.pipe)
             if methods:
-                fastdiff.enable(pipe, *(capped(m, cap, tiny) for m in methods), strict=True)
-            if device == "cuda":
+                fastdiff.enable(self.pipe, *methods, strict=True)
+            # the kernels of a method are built on first use; stock's are there after any size
+            warm = int(bool(methods) or guess < LONG_STEP)
+            timed = self.repeats if guess < LONG_STEP else 1
+            if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds = timed_call(pipe, call, steps, device)
-            if repeat < 0:
-                continue
-            done = [min(n, cap or n) for n in whole]
-            assert len(seconds) == sum(done), (len(seconds), done)
-            each, at = [], 0
-            for n in done:
-                each.append(statistics.fmean(seconds[at : at + n]))
-                at += n
-            loops[run].append(sum(n * s for n, s in zip(whole, each, strict=True)))
-            peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-            told[run] = {
-                "steps": whole, "steps_run": done, "seconds_a_step": [round(s, 5) for s in each],
-                "peak_memory_gib": round(peak, 2), "methods": [m.to_dict() for m in methods],
-                "report": dict(pipe.fastdiff.report.methods) if methods else {},
-            }
-    fastdiff.disable(pipe)
-    base = statistics.median(loops["stock"])
+            seconds = timed_call(self.pipe, {**self.call, **size}, warm + timed, self.device)[warm:]
+            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
+            self._known[key] = {"seconds": seconds, "warm": warm, "peak": round(peak, 2)}
+        return self._known[key]
+
+    def _guess(self, size: dict[str, int]) -> float:
+        """Seconds of a step at most, from the largest stock step that is known: square in area."""
+        area = size["height"] * size["width"]
+        known = [(shape[0] * shape[1], min(found["seconds"]))
+                 for (shape, methods), found in self._known.items() if not methods]
+        return max((s * (area / a) ** 2 for a, s in known), default=0.0)
+
+
+def summed(machine: Machine, case: Case, runs: dict[str, tuple]) -> list[dict[str, Any]]:
+    """A row a run: its loop as the sum of steps that were timed at every stage's size."""
+    # small sizes first: they warm up, and tell how long large ones take
+    wanted = {(scale, attention(methods, machine.tiny))
+              for methods in runs.values() for scale, _ in stages(methods)}
+    for scale, methods in sorted(wanted, key=lambda kind: (len(kind[1]), kind[0])):
+        machine.step(case, scale, methods)
     rows = []
-    for run in runs:
-        spread = record.spread(loops[run])
-        rows.append({"case": name, "run": run, "call": case.tiny if tiny else case.size,
-                     "dtype": str(pipe.transformer.dtype), **spread,
-                     "speedup": base / spread["seconds"], **told[run]})
-        print(f"{name:<14} {run:<24} {spread['seconds']:9.3f} s  "
-              f"{base / spread['seconds']:5.2f}x  {told[run]['seconds_a_step']}", flush=True)
+    for run, methods in runs.items():
+        parts = [(steps, machine.step(case, scale, attention(methods, machine.tiny)))
+                 for scale, steps in stages(methods)]
+        each = [statistics.median(found["seconds"]) for _, found in parts]
+        loop = sum(steps * seconds for (steps, _), seconds in zip(parts, each, strict=True))
+        spans = [record.spread(found["seconds"]) for _, found in parts]
+        ends = {q: sum(steps * span[q] for (steps, _), span in zip(parts, spans, strict=True))
+                for q in ("p20", "p80")}
+        rows.append({
+            "run": run, "how": SUM, "seconds": loop, **ends, "steps": [n for n, _ in parts],
+            "steps_run": [len(found["seconds"]) for _, found in parts],
+            "warm_steps": [found["warm"] for _, found in parts],
+            "sizes": [[*case.at(scale, machine.tiny).values()] for scale, _ in stages(methods)],
+            "seconds_a_step": [round(s, 5) for s in each],
+            "peak_memory_gib": max(found["peak"] for _, found in parts),
+            "methods": [method.to_dict() for method in methods],
+        })
+    return rows
+
+
+def whole(machine: Machine, case: Case, runs: dict[str, tuple]) -> list[dict[str, Any]]:
+    """A row a run: staged calls from end to end, the median of their loops."""
+    rows = []
+    for run, methods in runs.items():
+        fastdiff.disable(machine.pipe)
+        entered = [replace(m, force=True) if machine.tiny and isinstance(m, BottleneckSampling)
+                   else m for m in methods if isinstance(m, BottleneckSampling)]
+        entered += attention(methods, machine.tiny)
+        if entered:
+            fastdiff.enable(machine.pipe, *entered, strict=True)
+        size = case.at(1.0, machine.tiny)
+        loops = [timed_call(machine.pipe, {**machine.call, **size}, STEPS, machine.device)
+                 for _ in range(machine.repeats + 1)][1:]
+        counts, at, each = [n for _, n in stages(methods)], 0, []
+        for n in counts:
+            each.append(statistics.fmean(s for loop in loops for s in loop[at : at + n]))
+            at += n
+        rows.append({
+            "run": run, "how": WHOLE, **record.spread([sum(loop) for loop in loops]),
+            "steps": counts, "steps_run": counts, "seconds_a_step": [round(s, 5) for s in each],
+            "methods": [method.to_dict() for method in methods],
+            "report": dict(machine.pipe.fastdiff.report.methods) if entered else {},
+        })
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--tiny", action="store_true", help="small models and sizes, on any device")
-    parser.add_argument("-o", "--output", type=Path, default=record.RESULTS)
-    args = parser.parse_args()
+    args = _arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    suffix = "_tiny" if args.tiny else ""
+    how, way = (WHOLE, whole) if args.whole else (SUM, summed)
+    suffix = ("_whole" if args.whole else "") + ("_tiny" if args.tiny else "")
     rows: list[dict[str, Any]] = []
+    machines: dict[Any, Machine] = {}
     for name in args.cases:
-        rows += measure(name, CASES[name], args.tiny, device)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        settings = {"cases": args.cases, "steps": STEPS, "tiny": args.tiny}
+        case = CASES[name]
+        if case.build not in machines:
+            machines.clear()  # one large model at a time
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            pipe, call = case.build(args.tiny, device)
+            pipe.set_progress_bar_config(disable=True)
+            machines[case.build] = Machine(pipe, call, device, args.tiny, args.repeats)
+        machine = machines[case.build]
+        runs = {"stock": (), **{run: methods for run, methods in case.runs.items()
+                                if not args.runs or run in args.runs}}
+        found = way(machine, case, runs)
+        base = found[0]["seconds"]
+        for row in found:
+            row |= {"case": name, "call": case.at(1.0, args.tiny), "speedup": base / row["seconds"],
+                    "dtype": str(machine.pipe.transformer.dtype)}
+            print(f"{name:<14} {row['run']:<24} {row['seconds']:9.3f} s  {row['speedup']:5.2f}x  "
+                  f"{row['seconds_a_step']}", flush=True)
+        fastdiff.disable(machine.pipe)
+        rows += found
+        settings = {"cases": args.cases, "steps": STEPS, "tiny": args.tiny, "how": how}
         record.write(args.output / f"staged_loop_{device}{suffix}.json", "staged_loop", device,
                      settings, rows)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    known = {run for case in CASES.values() for run in case.runs}
+    parser.add_argument("--runs", nargs="*", default=[], choices=sorted(known),
+                        help="beside stock; all of a case without it")
+    parser.add_argument("--repeats", type=int, default=4, help="timed steps (or loops) of each")
+    parser.add_argument("--whole", action="store_true", help="staged calls from end to end")
+    parser.add_argument("--tiny", action="store_true", help="small models and sizes, on any device")
+    parser.add_argument("-o", "--output", type=Path, default=record.RESULTS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -202,7 +202,8 @@ def staged_loop(result: dict) -> list[str]:
              " + ".join(map(str, row["steps"])), " + ".join(map(str, row["steps_run"])),
              ", ".join(f"{s:.3f}" for s in row["seconds_a_step"])] for row in result["rows"]]
     heads = ["model", "run", "s a loop", "speed-up", "steps", "of them run", "s a step"]
-    return [*table(heads, rows), "", _where(result, "random weights, one prompt")]
+    how = result["settings"].get("how", "whole loops")
+    return [*table(heads, rows), "", _where(result, f"random weights, one prompt; {how}")]
 
 
 def mask_maps(result: dict) -> list[str]:
