@@ -158,9 +158,10 @@ class Upscale:
         return frames
 
     def _native(self, asked: dict[str, Any], frames: Tensor) -> tuple[int, int]:
-        """The trained size in pixels: what the call asked for, or else what came of it."""
+        """The trained size in pixels: that of the clip made, or what the call of a given one says.
+        """
         height, width = asked.get("height"), asked.get("width")
-        if not height or not width:
+        if CLIP not in self.pipe.__dict__ or not height or not width:
             height, width = frames.shape[-2:]
         target = self.method.target
         if height > target[0] or width > target[1]:
