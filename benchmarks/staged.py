@@ -167,8 +167,9 @@ def show(found: list[dict[str, Any]]) -> None:
 
 def verdict(found: list[dict[str, Any]]) -> str:
     """Which stages beat fewer steps of equal cost, by more than chance."""
-    better = [row["variant"] for row in found
-              if (over := row.get("likelihood_over")) and over["mean"] > (over["ci95"] or math.inf)]
+    over = {row["variant"]: row["likelihood_over"] for row in found if "likelihood_over" in row}
+    better = [name for name, gain in over.items()
+              if gain["ci95"] is not None and gain["mean"] > gain["ci95"]]
     return f"more likely than fewer steps of equal cost: {', '.join(better) or 'none'}"
 
 

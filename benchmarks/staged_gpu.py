@@ -185,11 +185,8 @@ class Machine:
             # the kernels of a method are built on first use; stock's are there after any size
             warm = int(bool(methods) or guess < LONG_STEP)
             timed = self.repeats if guess < LONG_STEP else 1
-            if self.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = timed_call(self.pipe, {**self.call, **size}, warm + timed, self.device)[warm:]
-            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
-            self._known[key] = {"seconds": seconds, "warm": warm, "peak": round(peak, 2)}
+            seconds = timed_call(self.pipe, self.call | size, warm + timed, self.device)[warm:]
+            self._known[key] = {"seconds": seconds, "warm": warm}
         return self._known[key]
 
     def _guess(self, size: dict[str, int]) -> float:
@@ -205,8 +202,8 @@ def summed(machine: Machine, case: Case, runs: dict[str, tuple]) -> list[dict[st
     # small sizes first: they warm up, and tell how long large ones take
     wanted = {(scale, attention(methods, machine.tiny))
               for methods in runs.values() for scale, _ in stages(methods)}
-    for scale, methods in sorted(wanted, key=lambda kind: (len(kind[1]), kind[0])):
-        machine.step(case, scale, methods)
+    for scale, entered in sorted(wanted, key=lambda kind: (len(kind[1]), kind[0])):
+        machine.step(case, scale, entered)
     rows = []
     for run, methods in runs.items():
         parts = [(steps, machine.step(case, scale, attention(methods, machine.tiny)))
@@ -222,7 +219,6 @@ def summed(machine: Machine, case: Case, runs: dict[str, tuple]) -> list[dict[st
             "warm_steps": [found["warm"] for _, found in parts],
             "sizes": [[*case.at(scale, machine.tiny).values()] for scale, _ in stages(methods)],
             "seconds_a_step": [round(s, 5) for s in each],
-            "peak_memory_gib": max(found["peak"] for _, found in parts),
             "methods": [method.to_dict() for method in methods],
         })
     return rows
@@ -233,13 +229,13 @@ def whole(machine: Machine, case: Case, runs: dict[str, tuple]) -> list[dict[str
     rows = []
     for run, methods in runs.items():
         fastdiff.disable(machine.pipe)
-        entered = [replace(m, force=True) if machine.tiny and isinstance(m, BottleneckSampling)
-                   else m for m in methods if isinstance(m, BottleneckSampling)]
-        entered += attention(methods, machine.tiny)
+        entered = [*attention(methods, machine.tiny),
+                   *(replace(method, force=machine.tiny) for method in methods
+                     if isinstance(method, BottleneckSampling))]
         if entered:
             fastdiff.enable(machine.pipe, *entered, strict=True)
-        size = case.at(1.0, machine.tiny)
-        loops = [timed_call(machine.pipe, {**machine.call, **size}, STEPS, machine.device)
+        call = machine.call | case.at(1.0, machine.tiny)
+        loops = [timed_call(machine.pipe, call, STEPS, machine.device)
                  for _ in range(machine.repeats + 1)][1:]
         counts, at, each = [n for _, n in stages(methods)], 0, []
         for n in counts:

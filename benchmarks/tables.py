@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import kernel_tables
 import method_tables
+import model_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
          "docs/batch.md", "docs/bottleneck.md", "docs/static-policies.md",
-         "fastdiff/models/tiny-video/README.md")
+         "docs/training.md", *(f"fastdiff/models/tiny-{name}/README.md"
+                               for name in ("image", "unet", "video")))
 
 Row = dict
 
@@ -55,72 +58,6 @@ def forward(result: dict) -> list[str]:
     return [*table(heads, rows), "", _interleaved(result)]
 
 
-def denoiser(result: dict) -> list[str]:
-    rows = []
-    for row in result["rows"]:
-        part = f" ({row['layers']} of {row['of_layers']} layers)"
-        rows.append([
-            row["model"] + ("" if row["layers"] == row["of_layers"] else part), row["variant"],
-            f"{row['density']:.3f}", f"{row['seconds']:.3f}", f"{row['speedup']:.2f}x",
-            f"{row['peak_memory_gib']:.1f}"])
-    heads = ["model", "variant", "density", "s a forward", "speed-up", "peak GiB"]
-    return [*table(heads, rows), "", _interleaved(result)]
-
-
-def kernels(result: dict) -> list[str]:
-    """One line a shape: the best dense kernel, then each implementation's time and E."""
-    shapes: dict[tuple, list[Row]] = {}
-    for row in result["rows"]:
-        shapes.setdefault((row["name"], row["heads"], row["tokens"], row["dim"],
-                           row["density"]), []).append(row)
-    rows = []
-    for (name, heads, tokens, dim, density), found in shapes.items():
-        dense = min((r for r in found if r["what"].startswith("dense") and "seconds" in r),
-                    key=lambda r: r["seconds"])
-        cells = [name, f"{heads} x {tokens:,} x {dim}", f"{density:.3f}",
-                 f"{dense['seconds'] * 1e3:.2f} ({dense['what'].removeprefix('dense ')})"]
-        for impl in ("gluon", "triton", "FlexAttention"):
-            row = next((r for r in found if r["what"] in (impl, f"tile-sparse, {impl}")), None)
-            cells.append("" if row is None or "seconds" not in row else
-                         f"{row['seconds'] * 1e3:.2f}, {row['speedup']:.2f}x, "
-                         f"{row['efficiency']:.2f}")
-        rows.append(cells)
-    heads = ["shape", "heads x tokens x D", "density", "best dense, ms",
-             "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E"]
-    return [*table(heads, rows), "", _interleaved(result)]
-
-
-def kernel_cases(result: dict) -> list[str]:
-    rows = [[row["impl"], f"{row['cases']:,}", str(row["failed"]),
-             f"{row['worst_error_over_allowed']:.2f}"] for row in result["rows"]]
-    return [*table(["implementation", "cases", "failed", "largest error over its bound"], rows),
-            "", _where(result, "random sizes, strides, lists, ragged blocks and tails")]
-
-
-def backward(result: dict) -> list[str]:
-    """Times of the backward alone; the error cases in one line below."""
-    rows = []
-    for row in result["rows"]:
-        if row["kind"] != "time" or "failed" in row or "config" in row:
-            continue
-        spent = row.get("parts", {})
-        rows.append([
-            f"{row['heads']} x {row['tokens']:,} x {row['head_dim']}", row["what"],
-            f"{row['density']:.3f}", "on" if row["tail"] else "",
-            f"{row['seconds'] * 1e3:.2f}", f"{row['tflops']:.0f}", f"{row['speedup']:.2f}x",
-            f"{row['efficiency']:.2f}",
-            *(f"{spent[k] * 1e3:.2f}" if k in spent else "" for k in ("dq", "dkv", "tail", "rest")),
-        ])
-    heads = ["heads x tokens x D", "what", "density", "tail", "ms", "TFLOP/s", "over best dense",
-             "E", "dq, ms", "dk and dv, ms", "means, ms", "rest, ms"]
-    cases = [row for row in result["rows"] if row["kind"] == "error"]
-    worst = max((max(row["shares"].values()) for row in cases if "shares" in row), default=0.0)
-    what = (f"{len(cases)} random cases against float64, {sum('failed' in r for r in cases)} "
-            f"failed, largest error {worst:.2f} of its bound; median of "
-            f"{result['settings']['rounds']}, interleaved")
-    return [*table(heads, rows), "", _where(result, what)]
-
-
 def finetune(result: dict) -> list[str]:
     rows = [[row["trained"], row["judged"], _mean(row["loss"], ".4f"),
              "" if row["trained"] == "not" else _mean(row["change"], "+.4f"),
@@ -132,23 +69,6 @@ def finetune(result: dict) -> list[str]:
             f"{made['unseen']} other clips, change paired, mean ± 95 % confidence")
     return [*table(["trained", "judged", "loss", "change", "s a step"], rows), "",
             _where(result, what)]
-
-
-def cpu_attention(result: dict) -> list[str]:
-    rows = [[f"{row['tokens']:,}", row["blocks"], f"{row['density']:.2f}",
-             "on" if row["tail"] else "off", f"{row['dense_seconds'] * 1e3:.0f}",
-             f"{row['seconds'] * 1e3:.0f}", f"{row['speedup']:.2f}x"] for row in result["rows"]]
-    heads = ["tokens", "blocks", "density", "tail", "dense ms", "ms", "speed-up"]
-    return [*table(heads, rows), "", _interleaved(result)]
-
-
-def ability(result: dict) -> list[str]:
-    rows = [[row["kind"], str(row["samples"]), *(
-        f"{row[k]:.1%}" if k in row else "" for k in ("object", "colour", "pattern", "direction"))]
-        for row in result["rows"]]
-    heads = ["", "samples", "object", "background colour", "pattern", "direction"]
-    return [*table(heads, rows), "",
-            _where(result, "prompts of pairs never seen in training, the model's own settings")]
 
 
 def batch(result: dict) -> list[str]:
@@ -191,6 +111,12 @@ def staged(result: dict) -> list[str]:
         ])
     heads = ["run", "work", "kernel distance", "object", "colour", "pattern", "direction",
              "sharpness"]
+    if any("likelihood" in row for row in result["rows"]):
+        heads += ["log probability of what was asked", "over fewer steps"]
+        for cells, row in zip(rows, result["rows"], strict=True):
+            gain = row.get("likelihood_over")
+            cells += [f"{row['likelihood']['mean']:.3f}", "" if gain is None else
+                      f"{gain['mean']:+.3f} ± {gain['ci95'] or 0:.3f} ({gain['run']})"]
     made = result["settings"]
     what = (f"{made['model']}, {made['samples']} {made['kind']}s of pairs never seen in training, "
             f"stock has {made['steps']} steps; work is the denoiser's operations over stock's")
@@ -218,20 +144,19 @@ def mask_maps(result: dict) -> list[str]:
     return [*table(heads, rows), "", _where(result, what)]
 
 
-def by_method(result: dict) -> list[str]:
-    heads, rows = method_tables.methods(result)
-    return [*table(heads, rows), "", _where(result, method_tables.methods_note(result))]
+def _told(make: Callable[[dict], tuple[list[str], list[list[str]]]],
+          note: Callable[[dict], str]) -> Callable[[dict], list[str]]:
+    """A table of heads and rows, and a line that says what of."""
+    return lambda result: [*table(*make(result)), "", _where(result, note(result))]
 
 
-def by_architecture(result: dict) -> list[str]:
-    heads, rows = method_tables.architectures(result)
-    return [*table(heads, rows), "", _interleaved(result)]
+def _rounds(result: dict) -> str:
+    first = result["rows"][0]
+    return f"median of {first.get('repeats', first.get('rounds'))}, interleaved"
 
 
 def _interleaved(result: dict) -> str:
-    first = result["rows"][0]
-    repeats = first.get("repeats", first.get("rounds"))
-    return _where(result, f"median of {repeats}, interleaved")
+    return _where(result, _rounds(result))
 
 
 def _where(result: dict, what: str) -> str:
@@ -244,33 +169,47 @@ def _where(result: dict, what: str) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
+_ability = _told(model_tables.ability,
+                 lambda _: "prompts of pairs never seen in training, the model's own settings")
+_methods = _told(method_tables.methods, method_tables.methods_note)
+_KERNELS = "random sizes, strides, lists, ragged blocks and tails"
+_architectures = _told(method_tables.architectures, _rounds)
 TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "quality": ("tiny_video_quality_cuda.json", quality),
     "forward-cpu": ("tiny_video_forward_cpu.json", forward),
     "forward-cuda": ("tiny_video_forward_cuda.json", forward),
-    "denoiser": ("denoiser_cuda.json", denoiser),
-    "kernels": ("kernels_cuda.json", kernels),
-    "kernel-cases": ("kernel_cases_cuda.json", kernel_cases),
-    "cpu-attention": ("cpu_attention.json", cpu_attention),
+    "denoiser": ("denoiser_cuda.json", _told(kernel_tables.denoiser, _rounds)),
+    "kernels": ("kernels_cuda.json", _told(kernel_tables.kernels, _rounds)),
+    "kernel-cases": ("kernel_cases_cuda.json", _told(kernel_tables.kernel_cases, lambda _: _KERNELS)),
+    "cpu-attention": ("cpu_attention.json", _told(kernel_tables.cpu_attention, _rounds)),
     "batch": ("batch-cpu.json", batch),
     "batch-workers": ("batch-workers-cpu.json", batch_workers),
-    "ability": ("tiny_video_ability.json", ability),
-    "methods": ("methods_tiny_video_cuda_0.25.json", by_method),
-    "architectures": ("architectures_cuda.json", by_architecture),
+    "ability": ("tiny_video_ability.json", _ability),
+    "image-ability": ("tiny_image_ability.json", _ability),
+    "unet-ability": ("tiny_unet_ability.json", _ability),
+    "evaluator": ("evaluator.json", _told(
+        model_tables.evaluator, lambda _: "renders of pairs never seen in training")),
+    "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
+    "architectures": ("architectures_cuda.json", _architectures),
     "staged": ("staged_tiny-video_picture_cpu.json", staged),
+    "staged-pictures": ("staged_tiny-video_picture_cuda.json", staged),
     "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
+    "staged-images": ("staged_tiny-image_picture_cuda.json", staged),
     "mask-maps": ("mask_maps.json", mask_maps),
-    "backward": ("backward_cuda.json", backward),
+    "backward": ("backward_cuda.json", _told(kernel_tables.backward, kernel_tables.backward_note)),
     "finetune": ("finetune_cpu_tiny.json", finetune),
     "staged-loop": ("staged_loop_cuda.json", staged_loop),
 }
 
 
 def filled(text: str) -> str:
-    """The text with every `<!-- table NAME -->` ... `<!-- end -->` part made anew."""
+    """The text with every `<!-- table NAME -->` ... `<!-- end -->` part made anew.
+
+    A part whose result file does not exist stays as it is.
+    """
     for name, (file, make) in TABLES.items():
         begin = f"<!-- table {name} -->"
-        if begin not in text:
+        if begin not in text or not (RESULTS / file).is_file():
             continue
         result = {**json.loads((RESULTS / file).read_text()), "file": file}
         head, _, rest = text.partition(begin)
