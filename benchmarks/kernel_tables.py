@@ -1,0 +1,84 @@
+"""Tables of the kernels and of whole denoisers, for tables.py.
+
+Each takes a result and returns the heads and the rows of one table.
+"""
+
+Row = dict
+Table = tuple[list[str], list[list[str]]]
+
+
+def denoiser(result: Row) -> Table:
+    rows = []
+    for row in result["rows"]:
+        part = f" ({row['layers']} of {row['of_layers']} layers)"
+        rows.append([
+            row["model"] + ("" if row["layers"] == row["of_layers"] else part), row["variant"],
+            f"{row['density']:.3f}", f"{row['seconds']:.3f}", f"{row['speedup']:.2f}x",
+            f"{row['peak_memory_gib']:.1f}"])
+    heads = ["model", "variant", "density", "s a forward", "speed-up", "peak GiB"]
+    return heads, rows
+
+
+def kernels(result: Row) -> Table:
+    """One line a shape: the best dense kernel, then each implementation's time and E."""
+    shapes: dict[tuple, list[Row]] = {}
+    for row in result["rows"]:
+        shapes.setdefault((row["name"], row["heads"], row["tokens"], row["dim"],
+                           row["density"]), []).append(row)
+    rows = []
+    for (name, heads, tokens, dim, density), found in shapes.items():
+        dense = min((r for r in found if r["what"].startswith("dense") and "seconds" in r),
+                    key=lambda r: r["seconds"])
+        cells = [name, f"{heads} x {tokens:,} x {dim}", f"{density:.3f}",
+                 f"{dense['seconds'] * 1e3:.2f} ({dense['what'].removeprefix('dense ')})"]
+        for impl in ("gluon", "triton", "FlexAttention"):
+            row = next((r for r in found if r["what"] in (impl, f"tile-sparse, {impl}")), None)
+            cells.append("" if row is None or "seconds" not in row else
+                         f"{row['seconds'] * 1e3:.2f}, {row['speedup']:.2f}x, "
+                         f"{row['efficiency']:.2f}")
+        rows.append(cells)
+    heads = ["shape", "heads x tokens x D", "density", "best dense, ms",
+             "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E"]
+    return heads, rows
+
+
+def kernel_cases(result: Row) -> Table:
+    rows = [[row["impl"], f"{row['cases']:,}", str(row["failed"]),
+             f"{row['worst_error_over_allowed']:.2f}"] for row in result["rows"]]
+    return ["implementation", "cases", "failed", "largest error over its bound"], rows
+
+
+def backward(result: Row) -> Table:
+    """Times of the backward alone."""
+    rows = []
+    for row in result["rows"]:
+        if row["kind"] != "time" or "failed" in row or "config" in row:
+            continue
+        spent = row.get("parts", {})
+        rows.append([
+            f"{row['heads']} x {row['tokens']:,} x {row['head_dim']}", row["what"],
+            f"{row['density']:.3f}", "on" if row["tail"] else "",
+            f"{row['seconds'] * 1e3:.2f}", f"{row['tflops']:.0f}", f"{row['speedup']:.2f}x",
+            f"{row['efficiency']:.2f}",
+            *(f"{spent[k] * 1e3:.2f}" if k in spent else "" for k in ("dq", "dkv", "tail", "rest")),
+        ])
+    heads = ["heads x tokens x D", "what", "density", "tail", "ms", "TFLOP/s", "over best dense",
+             "E", "dq, ms", "dk and dv, ms", "means, ms", "rest, ms"]
+    return heads, rows
+
+
+def backward_note(result: Row) -> str:
+    """The error cases, in words."""
+    cases = [row for row in result["rows"] if row["kind"] == "error"]
+    worst = max((max(row["shares"].values()) for row in cases if "shares" in row), default=0.0)
+    return (f"{len(cases)} random cases against float64, {sum('failed' in r for r in cases)} "
+            f"failed, largest error {worst:.2f} of its bound; median of "
+            f"{result['settings']['rounds']}, interleaved")
+
+
+def cpu_attention(result: Row) -> Table:
+    rows = [[f"{row['tokens']:,}", row["blocks"], f"{row['density']:.2f}",
+             "on" if row["tail"] else "off", f"{row['dense_seconds'] * 1e3:.0f}",
+             f"{row['seconds'] * 1e3:.0f}", f"{row['speedup']:.2f}x"] for row in result["rows"]]
+    heads = ["tokens", "blocks", "density", "tail", "dense ms", "ms", "speed-up"]
+    return heads, rows
