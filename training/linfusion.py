@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from fastdiff.models import load
 from fastdiff.tokens.linfusion import LINEAR, LinFusionProcessor
 from fastdiff.tokens.linfusion_format import LinearLayer, Place, begin, write
 
@@ -53,14 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the trained tiny-unet")
+    parser.add_argument("--model", default="tiny-unet", help="shipped name or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights")
     args = parser.parse_args()
     config = tomllib.loads(args.config.read_text())
     settings, device = config["linear"], torch.device(
         "cuda" if torch.cuda.is_available() else "cpu")
     fast_arithmetic(device)
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = load(args.model, "cpu", "float32")
     state = UNetState(config, device)
     state.text = state.clip = pipe.text_encoder.to(device).eval().requires_grad_(False)
     state.vae = pipe.vae.to(device).requires_grad_(False)
