@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernel_tables
+import freeswim_tables
 import method_tables
 import model_tables
 
@@ -156,6 +157,17 @@ def _rounds(result: dict) -> str:
     return f"median of {first.get('repeats', first.get('rounds'))}, interleaved"
 
 
+def freeswim(result: dict) -> list[str]:
+    heads, rows = freeswim_tables.quality(result)
+    return [*table(heads, rows), "", _where(result, freeswim_tables.quality_note(result))]
+
+
+def freeswim_gpu(result: dict) -> list[str]:
+    parts = [[*table(*make(result)), ""] for make in (freeswim_tables.steps,
+                                                      freeswim_tables.passes)]
+    return [*parts[0], *parts[1], _where(result, freeswim_tables.gpu_note(result))]
+
+
 def _interleaved(result: dict) -> str:
     return _where(result, _rounds(result))
 
@@ -200,6 +212,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "mask-maps": ("mask_maps.json", mask_maps),
     "backward": ("backward_cuda.json", _told(kernel_tables.backward, kernel_tables.backward_note)),
     "finetune": ("finetune_cpu_tiny.json", finetune),
+    "freeswim": ("freeswim_cuda.json", freeswim),
+    "freeswim-gpu": ("freeswim_gpu_cuda.json", freeswim_gpu),
     "staged-loop": ("staged_loop_cuda.json", staged_loop),
 }
 

@@ -83,18 +83,19 @@ def test_two_prompts_are_two_runs(name):
     pipe = zoo.build(name)
     enable(pipe, name)
     prompts = ["a red cat", "a blue dog"]
-    both = run(name, pipe, prompt=prompts)
+    both = run(name, pipe, prompt=prompts, num_inference_steps=3)
     for i, prompt in enumerate(prompts):
-        zoo.assert_near(both[i : i + 1], run(name, pipe, seed=i, prompt=prompt))
+        alone = run(name, pipe, seed=i, prompt=prompt, num_inference_steps=3)
+        zoo.assert_near(both[i : i + 1], alone)
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "flux", "sdxl"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "flux"])
 def test_the_guide_changes_the_windows(name):
     pipe = zoo.build(name)
     found = {}
     for mode in ("window", "cache", "nocache", "dense"):
         enable(pipe, name, mode=mode)
-        found[mode] = run(name, pipe)
+        found[mode] = run(name, pipe, num_inference_steps=3)
     modes = list(found)
     for i, one in enumerate(modes):
         for other in modes[i + 1 :]:
