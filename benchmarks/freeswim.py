@@ -39,10 +39,11 @@ WAYS: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     "dense second stage": {"mode": "dense"},
     "windows only": {"mode": "window"},
-    "windows only, by token": {"mode": "window", "slide": "token"},
+    "windows only, by tile": {"mode": "window", "slide": "tile"},
     "dual, nocache": {"mode": "nocache"},
     "dual, cache 2": {"interval": 2},
     "dual, cache 5": {"interval": 5},
+    "dual, cache 2, by tile": {"interval": 2, "slide": "tile"},
     "dual, cache 2, 8-bit": {"interval": 2, "cache": "device-8-bit"},
     "dual, cache 2, sparse guide": {"interval": 2},
 }

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import kernel_tables
 import freeswim_tables
+import kernel_tables
 import method_tables
 import model_tables
 
