@@ -18,7 +18,7 @@ import model_tables
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
-         "docs/batch.md", "docs/bottleneck.md", "docs/static-policies.md",
+         "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/static-policies.md",
          "docs/training.md", *(f"fastdiff/models/tiny-{name}/README.md"
                                for name in ("image", "unet", "video")))
 
