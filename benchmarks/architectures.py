@@ -44,7 +44,7 @@ class Variant:
         self.facts: dict[str, Any] = {}
         self.failed: str | None = None
 
-    def run(self, model: Any, inputs: dict[str, Any], kernel: str, device: str) -> tuple:
+    def run(self, model: Any, inputs: dict[str, Any], kernel: str | None, device: str) -> tuple:
         fastdiff.disable(model)
         handle = None
         if self.policy is not None:
@@ -59,7 +59,8 @@ class Variant:
         _synchronize(device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with dense_kernel(self.kernel or kernel):
+        # in compiled code the dense kernel is torch's own choice
+        with dense_kernel(self.kernel or kernel) if kernel else contextlib.nullcontext():
             begin = time.perf_counter()
             out = model(**inputs, return_dict=False)[0]
             _synchronize(device)
@@ -106,8 +107,11 @@ class Variant:
         return [record.spread(list(each))["seconds"] for each in zip(*found, strict=True)]
 
 
-def variants(methods: list[str], density: float, device: str, tile_options: dict) -> list[Variant]:
-    found = [Variant(f"dense {name}", None, name) for name in kernels(device)]
+def variants(
+    methods: list[str], density: float, device: str, tile_options: dict, compiled: bool
+) -> list[Variant]:
+    names = ["default"] if compiled else kernels(device)
+    found = [Variant(f"dense {name}", None, name) for name in names]
     seam = knobs.method(knobs.OURS, 1.0, max_density=0.5, dense_steps=0)
     return [*found, Variant(SEAM, seam),
             *(Variant(name, knobs.method(name, density, **tile_options)) for name in methods)]
@@ -121,8 +125,12 @@ def measure(name: str, args: argparse.Namespace, device: str, until: float) -> l
     model, inputs = materialise(architecture, layers, device, args.tiny)
     print(f"{name}: {architecture.title}; {layers} of {architecture.layers[1]} layers, ready after "
           f"{time.perf_counter() - begin:.1f} s", flush=True)
-    rows = variants(args.methods, args.density, device, args.options)
-    stock, kernel = None, "default"
+    rows = variants(args.methods, args.density, device, args.options, args.compile)
+    stock, kernel = None, None if args.compile else "default"
+    if args.compile:
+        # a method is another graph of a layer
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_repeated_blocks(dynamic=False)
     for variant in rows:
         # twice: the first run compiles
         with _failing(variant):
@@ -131,7 +139,7 @@ def measure(name: str, args: argparse.Namespace, device: str, until: float) -> l
             stock = out if stock is None else stock
             variant.learn(out, handle, stock, device)
             variant.facts["first"] = seconds
-        if variant.name == SEAM:
+        if variant.name == SEAM and not args.compile:
             kernel = _best(rows)
         _tidy(device)
     rounds = 0
@@ -225,6 +233,8 @@ def main(words: list[str] | None = None, tell: Callable[[str], None] = print) ->
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=220.0,
                         help="rounds stop when this time is used up; two are always run")
+    parser.add_argument("--compile", action="store_true",
+                        help="the model's layers compiled, stock and sparse alike")
     parser.add_argument("--tiny", action="store_true", help="small shapes, two layers, two rounds")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args(words)
@@ -233,7 +243,7 @@ def main(words: list[str] | None = None, tell: Callable[[str], None] = print) ->
     args.options = {k: json.loads(v) for k, v in (o.split("=", 1) for o in args.option)}
     if args.tiny:
         args.repeats = min(args.repeats, 2)
-    suffix = "_tiny" if args.tiny else ""
+    suffix = ("_compiled" if args.compile else "") + ("_tiny" if args.tiny else "")
     path = args.output or record.RESULTS / f"architectures_{device}{suffix}.json"
     rows = _kept(path, device, args.models, args.density)
     begin = time.perf_counter()
