@@ -42,7 +42,8 @@ def variants() -> list[tuple[str, dict[str, Any] | None]]:
         ]
     knobs = {**common, "method": "tile-sparse", "density": 0.25}
     rows += [
-        ("tile-sparse 0.25, top-k", {**knobs, "select_by": "top-k"}),
+        ("tile-sparse 0.25, threshold", {**knobs, "select_by": "threshold"}),
+        ("tile-sparse 0.1, threshold", {**knobs, "density": 0.1, "select_by": "threshold"}),
         ("tile-sparse 0.25, top-p", {**knobs, "select_by": "top-p"}),
         ("tile-sparse 0.25, reuse 4", {**knobs, "reuse": 4}),
         ("tile-sparse 0.25, no dense steps", {**knobs, "dense_steps": 0}),
