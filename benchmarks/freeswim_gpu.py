@@ -263,23 +263,33 @@ def block(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         print(f"{case.title}, 1 layer", flush=True)
         found = passes.measured(("window", "dense"), 1)
         derived = ""
-        try:
-            found |= passes.measured(("guide", "reuse", "window"), 1)
-        except torch.cuda.OutOfMemoryError:
+        both = fitting(passes)
+        if both is None:
             # both rows at once do not fit: their passes one after the other
             derived = "; guide is dense + window, as both at once did not fit"
-            gc.collect()
-            torch.cuda.empty_cache()
             found |= passes.measured(("window",), 1)
-            both = found["dense"]["seconds"] + found["window"]["seconds"]
-            found["guide"] = {"seconds": both, "peak_memory_gib": None, "repeats": 0}
-            found["reuse"] = dict(found["window"])
+            seconds = found["dense"]["seconds"] + found["window"]["seconds"]
+            both = {"guide": {"seconds": seconds, "peak_memory_gib": None, "repeats": 0},
+                    "reuse": dict(found["window"])}
+        found |= both
     plan = passes.plan
     passes.close()
     of = case.layers[1]
     rows = pass_rows("14b", found, layers=1, of_layers=of, tokens=plan.layout.tokens,
                      window_density=plan.density, tile=list(plan.tile))
     return rows + rows_of("14b", found, of, f"extrapolated from 1 of {of} layers{derived}")
+
+
+def fitting(passes: Passes) -> dict[str, dict[str, Any]] | None:
+    """The passes with both rows at once; None where memory does not hold them."""
+    try:
+        return passes.measured(("guide", "reuse", "window"), 1)
+    except torch.cuda.OutOfMemoryError:
+        print("  both rows at once do not fit", flush=True)
+    # outside of the handler, which holds on to the frames that failed
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
 
 
 PARTS = {"1.3b": whole, "24gb": small_card, "14b": block}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastdiff.method import Host, Method, check
@@ -98,7 +98,7 @@ class FreeSwim(Method):
             models = {name: part for name, part in host.models.items()
                       if getattr(pipe, name, None) is not None}
             with ExitStack() as stack:
-                Upscale(replace(self), host, pipe, models, upscaling).begin(asked, stack)
+                Upscale(self, host, pipe, models, upscaling).begin(asked, stack)
                 yield
 
         return wrap_call(pipe, around)

@@ -307,6 +307,30 @@ def killer(step):
     return stop
 
 
+@pytest.mark.parametrize("name", ["wan22", "ltx", "cogvideox", "hunyuan_video", "flux", "sdxl"])
+def test_other_pipelines_go_on_too(tmp_path, name):
+    pipe = zoo.build(name)
+    enable(pipe, name)
+    sizes = []
+
+    def note(pipe, step, timestep, tensors):
+        sizes.append(tensors["latents"].numel())
+        return tensors
+
+    def stop(pipe, step, timestep, tensors):
+        if tensors["latents"].numel() > sizes[0] and step == 2:
+            raise Killed
+        return tensors
+
+    wanted = run(name, pipe, callback_on_step_end=note)
+    enable(pipe, name, folder=str(tmp_path))
+    with pytest.raises(Killed):
+        run(name, pipe, callback_on_step_end=stop)
+    before = len(sizes)
+    assert torch.equal(run(name, pipe, callback_on_step_end=note), wanted)
+    assert len(sizes) - before == 2
+
+
 @pytest.mark.parametrize(("mode", "step", "done"), [
     ("cache", 0, 0), ("cache", 2, 2), ("cache", 4, 5), ("nocache", 2, 3), ("window", 0, 1)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, mode, step, done):

@@ -39,10 +39,14 @@ class Turn(NamedTuple):
             return torch.cat([value, value[self.first :]])
         if isinstance(value, dict):
             return self.extended(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._extended(item) for item in value)
         return value
 
     def own(self, value: Any) -> Any:
         """The rows of a tensor that compute text attention themselves, out of the whole batch."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.own(item) for item in value)
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != self.batch:
             return value
         alone = value[: self.first]
