@@ -180,7 +180,7 @@ def main() -> None:
     bench = Bench(args.model, args.kind, args.device, args.prompts, judge=args.judge,
                   steps=args.steps, size=args.size, frames=args.frames)
     gpu = args.device == "cuda"
-    batch = args.batch or ((16 if bench.clip else 64) if gpu else 2)
+    batch = args.batch or ((32 if bench.clip else 128) if gpu else 2)
     store = Store(bench, folder, batch, args.seconds - (time.perf_counter() - start))
     costs = bench.costs({0.5, 0.75})
     budgets = args.budgets if args.tune is None else [args.tune]
@@ -225,7 +225,7 @@ def _arguments() -> argparse.Namespace:
                         help="module with load_judge(device), a classifier of the model's world")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=8, help="of each prompt")
-    parser.add_argument("--batch", type=int, help="samples a call; None: 64 pictures or 16 clips")
+    parser.add_argument("--batch", type=int, help="samples a call; None: 128 pictures or 32 clips")
     parser.add_argument("--steps", type=int, help="of stock; None takes the model's own")
     parser.add_argument("--size", type=int, help="pixels; None takes the model's own")
     parser.add_argument("--frames", type=int, help="of a clip; None takes the model's own")

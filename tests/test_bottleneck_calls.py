@@ -84,14 +84,14 @@ def test_a_scheduler_replaced_since_enable_is_used():
 def test_schedulers_that_came_and_went_are_left_alone():
     pipe = zoo.build("sd15")
     fastdiff.enable(pipe, staged())
-    used = []
+    used, config = [], pipe.scheduler.config
     for cls in (diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler):
-        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        pipe.scheduler = cls.from_config(config)
         used.append((pipe.scheduler, state_of(pipe.scheduler)))
         zoo.call("sd15", pipe)
     for scheduler, state in used:
         assert state_of(scheduler) == state
-    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(config)
     with pytest.raises(ValueError, match="HeunDiscreteScheduler cannot run in stages"):
         zoo.call("sd15", pipe)
     pipe.disable_fastdiff()

@@ -15,6 +15,7 @@ from fastdiff.pipelines.bottleneck import BottleneckSampling, Stage
 from fastdiff.pipelines.families.base import Size
 from fastdiff.pipelines.staged.conditions import cover, once_a_size, smaller_picture
 from fastdiff.pipelines.staged.per_stage import PerStage, at, hold
+from fastdiff.policies.tile_sparse import TileSparse
 
 STAGES = (Stage(1, 1), Stage(0.5, 2, 0.9), Stage(1, 1, 0.7))
 STEPS = 4
@@ -405,3 +406,14 @@ def test_a_call_that_is_stopped_in_a_low_stage_has_the_asked_size(name):
 
     out = conditioned.call(name, pipe, callback_on_step_end=stop)
     assert out.shape == stock.shape and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["flux-kontext", "wan-i2v", "sd15-controlnet"])
+def test_sparse_attention_beside_a_condition(name):
+    pipe = conditioned.build(name)
+    options = zoo.small_options(name.split("-")[0])
+    strict = options.pop("strict")
+    fastdiff.enable(pipe, staged(), TileSparse(**options), strict=strict)
+    assert conditioned.call(name, pipe).isfinite().all()
+    total = pipe.fastdiff.report.summary()
+    assert total["sparse_calls"] > 0 and not total["fallbacks"]
