@@ -3,6 +3,8 @@
 Each takes a result and returns the heads and the rows of one table.
 """
 
+from collections.abc import Callable
+
 Row = dict
 Table = tuple[list[str], list[list[str]]]
 
@@ -46,3 +48,55 @@ def evaluator(result: Row) -> Table:
     return ["renders", "samples", "object", "colour", "pattern", "place", "motion",
             "sharpness, 1/1000", "distance to fresh renders", "shape stability",
             "of clips that change their object"], rows
+
+
+def gallery(result: Row) -> Table:
+    """One row a model and kind: how near to stock, and what the evaluator says of both."""
+    rows = []
+    for row in result["rows"]:
+        both = [(row["stock"], row["fast"])]
+        rows.append([
+            f"{row['model']}, {row['kind']}", f"{row['size']} x {row['size']}",
+            f"{row['density']:.2f}", f"{row['operations']:.0%}", _mean(row["psnr"], ".1f"),
+            _mean(row["ssim"], ".3f"),
+            *(f"{a[k]:.0%}, {b[k]:.0%}" if k in a else "" for a, b in both for k in
+              ("object", "colour", "pattern", "place", "direction")),
+            *(f"{1e3 * a['sharpness']:.0f}, {1e3 * b['sharpness']:.0f}" for a, b in both),
+            f"{row['distance']:.3f}",
+        ])
+    return ["", "pixels", "density, sparse steps", "attention in all", "PSNR to stock, dB", "SSIM",
+            "object: stock, fast", "colour", "pattern", "place", "direction", "sharpness, 1/1000",
+            "distance"], rows
+
+
+def gallery_prompts(kind: str) -> Callable[[Row], Table]:
+    """One line a prompt of the pictures or clips: PSNR to stock, and what the evaluator misses."""
+
+    def made(result: Row) -> Table:
+        sets = [row for row in result["rows"] if row["kind"] == kind]
+        heads = ["", "prompt"]
+        for row in sets:
+            heads += [f"{row['model']}: PSNR, dB", "stock misses", "fast misses"]
+        rows = []
+        for i, lines in enumerate(zip(*(row["each"] for row in sets), strict=True)):
+            cells = [str(i + 1), lines[0]["prompt"]]
+            for line in lines:
+                cells.append(f"{line['psnr']:.1f}")
+                cells += [", ".join(k.replace("_", " ") for k, right in line[side].items()
+                                    if not right) for side in ("stock", "fast")]
+            rows.append(cells)
+        return heads, rows
+
+    return made
+
+
+def gallery_note(result: Row) -> str:
+    row = result["rows"][0]
+    knobs = ", ".join(f"{k} {row['method'][k]:g}" for k in ("density", "dense_steps"))
+    return (f"`enable_fastdiff(min_tokens=1)`: {row['method']['method']}, {knobs}; "
+            f"{result['settings']['count']} prompts, mean ± 95 % confidence")
+
+
+def _mean(value: Row, form: str) -> str:
+    half = value["ci95"]
+    return f"{value['mean']:{form}}" + (f" ± {half:{form}}" if half else "")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
          "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/static-policies.md",
-         "docs/training.md", *(f"fastdiff/models/tiny-{name}/README.md"
+         "docs/gallery.md", "docs/training.md", *(f"fastdiff/models/tiny-{name}/README.md"
                                for name in ("image", "unet", "video")))
 
 Row = dict
@@ -203,6 +203,10 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "unet-ability": ("tiny_unet_ability.json", _ability),
     "evaluator": ("evaluator.json", _told(
         model_tables.evaluator, lambda _: "renders of pairs never seen in training")),
+    "gallery": ("gallery.json", _told(model_tables.gallery, model_tables.gallery_note)),
+    **{f"gallery-{kind}": ("gallery.json", _told(model_tables.gallery_prompts(kind),
+                                                 model_tables.gallery_note))
+       for kind in ("pictures", "clips")},
     "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
     "architectures": ("architectures_cuda.json", _architectures),
     "staged": ("staged_tiny-video_picture_cpu.json", staged),
