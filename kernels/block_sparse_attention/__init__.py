@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -56,15 +57,26 @@ def block_sparse_attention(
     The values of indices, counts and offsets are trusted: reading them would stall the device.
     Differentiable in query, key, value and the tail's means, also through LSE; once, not twice.
     """
-    _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail)
-    if block_q < 1 or block_k < 1:
-        raise ValueError(f"block_q and block_k must be positive, got {block_q} and {block_k}")
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    module = _module(chosen(query, key, value, block_q=block_q, block_k=block_k,
-                            key_mask=key_mask, tail=tail, impl=impl))
+    known = module = None
+    if query.is_cuda:
+        tensors = (query, key, value, indices, counts, query_offsets, key_offsets, key_mask,
+                   *(tail or ()))
+        known = (impl, block_q, block_k, scale, tail is None, *map(_looks, tensors))
+        module = _chosen.get(known)
+    if module is None:
+        _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail)
+        if block_q < 1 or block_k < 1:
+            raise ValueError(f"block_q and block_k must be positive, got {block_q} and {block_k}")
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        module = _module(chosen(query, key, value, block_q=block_q, block_k=block_k,
+                                key_mask=key_mask, tail=tail, impl=impl))
+        if known is not None:
+            if len(_chosen) >= CALLS:
+                _chosen.clear()
+            _chosen[known] = module
     wanted = backward.wanted(query, key, value, tail)
     run = backward.differentiable(module) if wanted else module.run
     output, lse = run(
@@ -83,6 +95,16 @@ def block_sparse_attention(
         return_lse=return_lse,
     )
     return (output, lse) if return_lse else output
+
+
+# calls on a GPU by all that their checks look at, and what runs them: checking costs host time
+_chosen: dict[tuple, ModuleType] = {}
+CALLS = 512
+
+
+def _looks(x: Tensor | None) -> tuple | None:
+    return None if x is None else (
+        x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16)
 
 
 def chosen(
@@ -152,6 +174,7 @@ def probe(impl: str, device: torch.device | str) -> str | None:
     return None if error < most else f"wrong result, largest error {error:.3g}"
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)
 

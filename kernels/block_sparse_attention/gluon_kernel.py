@@ -25,12 +25,11 @@ NOTHING = gl.constexpr(-1e20)
 
 
 @gluon.jit
-def _place(w, order, NQ, H, USE_ORDER: gl.constexpr):
-    """Work item -> (batch, head, query block, row of the lists); heads outermost, K stays in L2."""
-    if USE_ORDER:
-        w = gl.load(order + w)
+def _place(w, NQ, H):
+    """Work item, a row of the lists -> (batch, head, query block); heads outermost, K stays in L2.
+    """
     i_bh = w // NQ
-    return i_bh // H, i_bh % H, w % NQ, w
+    return i_bh // H, i_bh % H, w % NQ
 
 
 @gluon.jit
@@ -80,13 +79,13 @@ def _entry(p_list, e, n_kept, k_offsets, SKV, SUB: gl.constexpr, EQUAL_K: gl.con
 def _producer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
-    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr,
-    USE_LSE: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
+    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, order, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
     R: gl.constexpr = BN // SUB
     BYTES: gl.constexpr = k_desc.block_type.nbytes * R
@@ -95,10 +94,10 @@ def _producer(
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     w = gl.program_id(0)
     while w < WORK:
-        i_b, i_h, i_q, i_row = _place(w, order, NQ, H, USE_ORDER)
+        i_b, i_h, i_q = _place(w, NQ, H)
         i_kh = i_h // GROUPS
-        n_kept = gl.load(counts + i_row)
-        p_list = indices + i_row.to(gl.int64) * M
+        n_kept = gl.load(counts + w)
+        p_list = indices + w.to(gl.int64) * M
         q_start = _query_start(i_q, q_offsets, NC * 64, EQUAL_Q)
         i_qst = i_work % QST
         mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
@@ -145,7 +144,10 @@ def _producer(
                     v_smem.index(st).slice(r * SUB, SUB, 1))
             i_kv += 1
         # whoever is done takes the next item: rows differ in length
-        w = gl.num_programs(0) + gl.atomic_add(taken, 1)
+        number = gl.atomic_add(taken, 1)
+        # as many are taken as there are items, the last ones in vain: left as it was found
+        gl.store(taken, 0, mask=number == WORK - 1)
+        w = gl.num_programs(0) + number
     i_qst = i_work % QST
     mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
     box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))
@@ -223,7 +225,7 @@ def _adjust(
 ):
     """Raise pooled keys by the log of their weight; LOWEST for what must not count."""
     i_b, i_row, n_kept, p_list = row
-    indices, counts, order, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
     if USE_TAIL:
         if j < TAIL_TILES:
@@ -252,13 +254,13 @@ def _adjust(
 def _consumer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
-    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr,
-    USE_LSE: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
+    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, order, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
     BD: gl.constexpr = q_desc.block_type.shape[3]
     R: gl.constexpr = BN // SUB
@@ -277,10 +279,10 @@ def _consumer(
     mbarrier.wait(q_full.index(0), 0)
     w = _read(box.index(0))
     while w < WORK:
-        i_b, i_h, i_q, i_row = _place(w, order, NQ, H, USE_ORDER)
-        n_kept = gl.load(counts + i_row)
-        p_list = indices + i_row.to(gl.int64) * M
-        row = (i_b, i_row, n_kept, p_list)
+        i_b, i_h, i_q = _place(w, NQ, H)
+        n_kept = gl.load(counts + w)
+        p_list = indices + w.to(gl.int64) * M
+        row = (i_b, w, n_kept, p_list)
         n = TAIL_TILES + _exact_tiles(n_kept, R, USE_TAIL)
         i_qst = i_work % QST
         q_tile = q_smem.index(i_qst * NC + WG)
@@ -384,11 +386,11 @@ def _consumer(
 @gluon.jit(do_not_specialize=SIZES)
 def block_sparse_attention_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc,
-    indices, counts, order, taken, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
+    indices, counts, taken, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
     sob, sos, soh, SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, scale,
     BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, QST: gl.constexpr,
     EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
-    USE_TAIL: gl.constexpr, USE_ORDER: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr,
+    USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr,
     PINGPONG: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -423,25 +425,25 @@ def block_sparse_attention_hopper_kernel(
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, order, taken, q_offsets, k_offsets, (log_weight, keep),
+                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
                       (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_ORDER, USE_LSE, D,
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
                      PINGPONG, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, order, taken, q_offsets, k_offsets, (log_weight, keep),
+                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
                       (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_ORDER, USE_LSE, D,
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
                      PINGPONG, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, order, taken, q_offsets, k_offsets, (log_weight, keep),
+                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
                       (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_ORDER, USE_LSE, D,
+                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
                      PINGPONG, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

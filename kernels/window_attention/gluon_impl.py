@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.hopper import (
+    Plan,
+    counter,
+    counters_left,
+    hopper_reasons,
+    planned,
+    tensor_map,
+)
+
 from .geometry import Window, boxes, table
 from .text import fill_text
 
-DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (16, 128)
 ROWS, KEYS = 128, 128
 # padded head dim -> K/V stages, Q buffers
 CONFIGS = {64: {"ST": 4, "QST": 2}, 128: {"ST": 2, "QST": 2}}
 
 
 def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    device, dtype, head_dim = query.device, query.dtype, query.shape[-1]
-    if device.type != "cuda" or torch.version.hip is not None:
-        return [f"device {device} is not an NVIDIA GPU"]
-    reasons = []
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        reasons.append("not a Hopper GPU (compute capability 9)")
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
-    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1] or head_dim % 8:
-        reasons.append(f"head_dim {head_dim} is not a multiple of 8 in {HEAD_DIMS}")
+    reasons = hopper_reasons(query.device, query.dtype, query.shape[-1])
     for x in (query, key, value):
         if x.data_ptr() % 16 or any(n * x.element_size() % 16 for n in x.stride()[:3]):
             reasons.append("rows that do not start at multiples of 16 bytes")
             break
-    return reasons or [reason for reason in (broken(device),) if reason]
+    return reasons or [reason for reason in (broken(query.device),) if reason]
 
 
 @functools.cache
@@ -65,12 +62,9 @@ def broken(device: torch.device) -> str | None:
     q, k, v = (x.float()[0, :, 0] for x in (q, k, v))
     scores = (q @ k.mT * 0.125).masked_fill(~visible, -torch.inf)
     error = (scores.softmax(-1) @ v - found[0, :, 0].float()).abs().max().item()
-    return None if error < 0.01 else f"wrong result on this device, largest error {error:.3g}"
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    if error >= 0.01:
+        return f"wrong result on this device, largest error {error:.3g}"
+    return counters_left(device)
 
 
 def run(
@@ -78,36 +72,57 @@ def run(
     key_mask: Tensor | None, scale: float,
 ) -> Tensor:
     """One launch a sample: a tensor map has five dimensions, all taken by grid, head and D."""
-    from .gluon_kernel import window_attention_hopper_kernel as kernel
-
     B, S, H, D = query.shape
     output = torch.empty(B, S, H, D, dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
     fill_text(output, query, key, value, before=before, grid_tokens=window.tokens,
               key_mask=key_mask, scale=scale)
-    # of each sample the next work item, and whether any key of its grid is masked: known on the
-    # device only. 16 bytes apart, as every pointer is that goes into a kernel
-    state = torch.zeros(B, 8, dtype=torch.int32, device=query.device)
+    flags = None
     if key_mask is not None:
         key_mask = key_mask.contiguous()
-        state[:, 4] = (~key_mask[:, before : before + window.tokens]).any(1)
+        # whether any key of the grid is masked: known on the device only
+        flags = torch.zeros(B, 4, dtype=torch.int32, device=query.device)
+        flags[:, 0] = (~key_mask[:, before : before + window.tokens]).any(1)
     for b in range(B):
-        args, settings, programs = arguments(
-            query[b], key[b], value[b], output[b], window, state[b], before=before,
-            key_mask=None if key_mask is None else key_mask[b], scale=scale,
-            programs=_multiprocessors(query.device))
-        kernel[(programs,)](*args, **settings)
-        for found in args[:6]:
-            found.base = None
+        sample = (query[b], key[b], value[b], output[b])
+        masks = None if key_mask is None or flags is None else (key_mask[b], flags[b])
+        plan = plan_of(*sample, window, before=before, masked=masks is not None, scale=scale)
+        plan.launch(*tensors(*sample, window, counter(query), before=before, masks=masks))
     return output
 
 
-def arguments(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, window: Window, state: Tensor, *,
-    before: int, key_mask: Tensor | None, scale: float, programs: int,
-) -> tuple[tuple, dict[str, Any], int]:
-    """(arguments, compile-time settings, programs) of the launch of one sample, [S, H, D]."""
+def tensors(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, window: Window, taken: Tensor, *,
+    before: int, masks: tuple[Tensor, Tensor] | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Of the launch of one sample: what its tensor maps map, and what it takes by pointer.
+
+    masks: bool [S] of the keys that count, and int32, not 0 where any key of the grid does not.
+    """
+    grid = (x[before:] if before else x for x in (query, key, value, output))
+    low, high = table(window, query.device)
+    mask, masked = (low, low) if masks is None else (masks[0].view(torch.uint8), masks[1])
+    return (*grid, key, value), (low, high, mask, masked, taken)
+
+
+def plan_of(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, window: Window, *, before: int,
+    masked: bool, scale: float,
+) -> Plan:
+    """The plan of the launch of one sample, [S, H, D]."""
+    known = ("window", query.shape, query.stride(), key.shape, key.stride(), value.stride(),
+             query.dtype, query.get_device(), window, before, masked, scale)
+    return planned(known, lambda: _plan(
+        query, key, value, output, window, before=before, masked=masked, scale=scale))
+
+
+def _plan(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, window: Window, *, before: int,
+    masked: bool, scale: float,
+) -> Plan:
+    from .gluon_kernel import window_attention_hopper_kernel as kernel
+
     S, H, D = query.shape
     BD = 64 if D <= 64 else 128
     found = boxes(window, ROWS, KEYS)
@@ -118,13 +133,10 @@ def arguments(
     tiles = found.tiles[0] * found.tiles[1] * found.tiles[2]
     frames, height, width = window.grid
     end = before + window.tokens
-    low, high = table(window, query.device)
-    maps = [_grid_map(role, x, window, before, sides, BD) for role, x, sides in (
-        ("q", query, half), ("k", key, found.key), ("v", value, found.key), ("o", output, half))]
-    maps += [_text_map(role, x, BD) for role, x in (("k", key), ("v", value))]
-    mask = low if key_mask is None else key_mask.view(torch.uint8)
-    args = (
-        *maps, low, high, mask, state[4:], state,
+    maps = [_grid_map(x, window, sides, BD) for x, sides in (
+        (query, half), (key, found.key), (value, found.key), (output, half))]
+    maps += [_text_map(x, BD) for x in (key, value)]
+    numbers = (
         frames, frames + height, height, width, frames - 1, height - 1, width - 1,
         tiles, found.tiles[1] * found.tiles[2], found.tiles[2], before, end, S,
         -(-before // KEYS), -(-before // KEYS) - (end - S) // KEYS, H // key.shape[1], tiles * H,
@@ -134,59 +146,19 @@ def arguments(
     names = ("QT", "QH", "QW", "KT", "KH", "KW", "CT", "CH", "CW")
     settings = dict(
         zip(names, (*found.query, *found.key, *start), strict=True), BN=KEYS, **CONFIGS[BD],
-        USE_MASK=key_mask is not None, CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4,
-        maxnreg=168)
-    return args, settings, min(tiles * H, programs)
+        USE_MASK=masked, CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168)
+    return Plan(kernel, tuple(maps), numbers, settings, tiles * H)
 
 
-def _grid_map(
-    role: str, x: Tensor, window: Window, before: int, sides: Any, BD: int
-) -> Any:
+def _grid_map(x: Tensor, window: Window, sides: Any, BD: int) -> Any:
     """A tensor map of the grid in x: [S, H, D], as (frames, height, width, H, D)."""
     _, height, width = window.grid
     S, H, D = x.stride()
-    whole = x[before : before + window.tokens]
-    return _descriptor(role, whole, (*window.grid, *x.shape[1:]),
-                       (height * width * S, width * S, S, H, D), (*sides, 1, BD))
+    return tensor_map(x, (*window.grid, *x.shape[1:]), (height * width * S, width * S, S, H, D),
+                      (*sides, 1, BD))
 
 
-def _text_map(role: str, x: Tensor, BD: int) -> Any:
+def _text_map(x: Tensor, BD: int) -> Any:
     """A tensor map of x: [S, H, D], whose box is a run of tokens."""
     rows = x.stride(0)
-    return _descriptor("text " + role, x, (1, 1, *x.shape), (rows, rows, *x.stride()),
-                       (1, 1, KEYS, 1, BD))
-
-
-class _Made(threading.local):
-    """Descriptors by role and shape, for one thread: their tensor changes at every call."""
-
-    def __init__(self) -> None:
-        self.descriptors: dict[Any, Any] = {}
-
-
-_made = _Made()
-DESCRIPTORS = 256
-
-
-def _descriptor(role: str, x: Tensor, shape: tuple, strides: tuple, box: tuple) -> Any:
-    """Making one checks a lot; one of the same role, shape and strides is taken again."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    known = _made.descriptors
-    key = (role, shape, strides, box, x.dtype)
-    if key not in known:
-        if len(known) >= DESCRIPTORS:
-            known.clear()
-        known[key] = TensorDescriptor(x, list(shape), list(strides), list(box),
-                                      _layout(box, x.dtype))
-    found = known[key]
-    found.base = x
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
-    from triton.experimental.gluon import language as gl
-
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for(list(box), element)
+    return tensor_map(x, (1, 1, *x.shape), (rows, rows, *x.stride()), (1, 1, KEYS, 1, BD))

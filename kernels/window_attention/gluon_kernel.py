@@ -153,7 +153,10 @@ def _producer(
             at = _next(at, runs, KT, KH, KW)
             i_kv += 1
         # whoever is done takes the next item: windows at borders differ in length
-        w = gl.num_programs(0) + gl.atomic_add(taken, 1)
+        number = gl.atomic_add(taken, 1)
+        # as many are taken as there are items, the last ones in vain: left as it was found
+        gl.store(taken, 0, mask=number == WORK - 1)
+        w = gl.num_programs(0) + number
     i_qst = i_work % QST
     mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
     box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))

@@ -1,5 +1,7 @@
 """The Hopper kernel on a Hopper GPU, against float64."""
 
+import itertools
+
 import pytest
 import torch
 from attention_cases import DTYPES, Case, check
@@ -35,6 +37,17 @@ def test_masked_keys_in_few_blocks(where):
 
 def test_rows_without_keys_where_nothing_is_masked():
     check(Case(2, 4, 2, 146, 384, 96, 128, 128, torch.float16).build("cuda"), "gluon")
+
+
+def test_the_counter_of_work_is_left_at_zero(monkeypatch):
+    from fastdiff.kernels import hopper
+
+    one = torch.zeros(4, dtype=torch.int32, device="cuda")
+    monkeypatch.setattr(hopper, "_counters", lambda device: itertools.repeat(one))
+    for seed in range(20):
+        check(Case(1, 4, 2, 100 * seed + 1, 900, 64, 128, 128, torch.float16, seed=seed)
+              .build("cuda"), "gluon")
+        assert not one.any()
 
 
 def test_probe():

@@ -51,7 +51,7 @@ def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=Fal
     """One variant of block-sparse attention."""
     import torch
 
-    from fastdiff.kernels.block_sparse_attention import gluon_impl, gluon_kernel
+    from fastdiff.kernels.block_sparse_attention import gluon_impl
 
     q = torch.empty(1, tokens, 2, dim, dtype=torch.bfloat16)
     blocks, key_blocks = -(-tokens // 128) + ragged, -(-tokens // block_k) + ragged
@@ -61,29 +61,35 @@ def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=Fal
         keep = torch.zeros(1, 2, blocks, key_blocks, dtype=torch.bool)
         pooled = (mean, mean, torch.ones(1, key_blocks), keep)
     lists = torch.zeros(1, 2, blocks, 8, dtype=torch.int32)
-    args, settings, programs = gluon_impl.arguments(
-        q, q, q, lists, lists[..., 0].contiguous(), torch.zeros(blocks + 1, dtype=torch.int32),
-        torch.zeros(key_blocks + 1, dtype=torch.int32), q, torch.empty(1, 2, tokens) if lse else
-        None, block_q=128, block_k=block_k,
-        key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked else None, tail=pooled,
-        scale=0.1, programs=132)
-    return gluon_kernel.block_sparse_attention_hopper_kernel.warmup(
-        *args, grid=(programs,), **settings)
+    offsets, key_offsets = (torch.zeros(n + 1, dtype=torch.int32) for n in (blocks, key_blocks))
+    mask = torch.ones(1, tokens, dtype=torch.bool) if masked else None
+    plan = gluon_impl.plan_of(
+        q, q, q, lists, offsets, key_offsets, block_q=128, block_k=block_k, masked=masked,
+        tail=pooled, scale=0.1, return_lse=lse)
+    return warmed(plan, *gluon_impl.tensors(
+        q, q, q, lists, lists[..., 0], offsets, key_offsets, q,
+        torch.empty(1, 2, tokens) if lse else None, lists, key_mask=mask, tail=pooled))
 
 
 def windows(dim=128, masked=False) -> Any:
     """One variant of window attention."""
     import torch
 
-    from fastdiff.kernels.window_attention import gluon_impl, gluon_kernel
+    from fastdiff.kernels.window_attention import gluon_impl
     from fastdiff.kernels.window_attention.geometry import Window
 
     window = Window((5, 11, 13), (3, 5, 6))
     q = torch.empty(window.tokens + 9, 2, dim, dtype=torch.bfloat16)
-    args, settings, programs = gluon_impl.arguments(
-        q, q, q, q, window, torch.zeros(8, dtype=torch.int32), before=0, scale=0.1, programs=132,
-        key_mask=torch.ones(len(q), dtype=torch.bool) if masked else None)
-    return gluon_kernel.window_attention_hopper_kernel.warmup(*args, grid=(programs,), **settings)
+    flag = torch.zeros(4, dtype=torch.int32)
+    plan = gluon_impl.plan_of(q, q, q, q, window, before=0, masked=masked, scale=0.1)
+    masks = (torch.ones(len(q), dtype=torch.bool), flag) if masked else None
+    return warmed(plan, *gluon_impl.tensors(q, q, q, q, window, flag, before=0, masks=masks))
+
+
+def warmed(plan: Any, mapped: Any, tensors: Any) -> Any:
+    """The compiled kernel of a plan."""
+    args = plan.arguments(mapped, tensors)
+    return plan.kernel.warmup(*args, grid=(132,), **plan.settings)
 
 
 def sass(kernel: Any) -> str:
