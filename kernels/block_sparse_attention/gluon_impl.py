@@ -53,7 +53,7 @@ def broken(device: torch.device) -> str | None:
     scores = q @ k.mT * 0.125
     scores[:, 128:, :128] = -torch.inf
     error = (scores.softmax(-1) @ v - found[:, :, 0].float()).abs().max().item()
-    if error >= 0.01:
+    if not error < 0.01:
         return f"wrong result on this device, largest error {error:.3g}"
     return counters_left(device)
 

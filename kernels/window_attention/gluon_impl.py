@@ -62,7 +62,7 @@ def broken(device: torch.device) -> str | None:
     q, k, v = (x.float()[0, :, 0] for x in (q, k, v))
     scores = (q @ k.mT * 0.125).masked_fill(~visible, -torch.inf)
     error = (scores.softmax(-1) @ v - found[0, :, 0].float()).abs().max().item()
-    if error >= 0.01:
+    if not error < 0.01:
         return f"wrong result on this device, largest error {error:.3g}"
     return counters_left(device)
 

@@ -85,11 +85,12 @@ def test_block_pool(dtype, masked):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tile_gather(dtype, masked):
     g = torch.Generator().manual_seed(2)
-    q = torch.randn(2, 50, 4, 40, generator=g).to(dtype).to(DEVICE)
-    k, v = (torch.randn(2, 50, 2, 40, generator=g).to(dtype).to(DEVICE) for _ in range(2))
-    order = torch.randperm(50, generator=g).to(DEVICE)
-    mask = (torch.rand(2, 50, generator=g) < 0.6).to(DEVICE) if masked else None
-    for offsets in (ragged_offsets(50, 20, g), equal_offsets(50, 16)):
+    tokens = 37
+    q = torch.randn(2, tokens, 4, 40, generator=g).to(dtype).to(DEVICE)
+    k, v = (torch.randn(2, tokens, 2, 40, generator=g).to(dtype).to(DEVICE) for _ in range(2))
+    order = torch.randperm(tokens, generator=g).to(DEVICE)
+    mask = (torch.rand(2, tokens, generator=g) < 0.6).to(DEVICE) if masked else None
+    for offsets in (ragged_offsets(tokens, 20, g), equal_offsets(tokens, 16)):
         options = {"order": order, "offsets": offsets.to(DEVICE), "block": 20, "mask": mask}
         with poisoned():
             found = tile_gather(q, k, v, **options, impl="triton")
@@ -99,7 +100,7 @@ def test_tile_gather(dtype, masked):
     assert torch.equal(permute_tokens(q, order, impl="triton"), q[:, order])
 
 
-@pytest.mark.parametrize("case", [(1, 2, 2, 137, 16, 16, 8), (2, 4, 2, 90, 40, 20, 4),
+@pytest.mark.parametrize("case", [(1, 2, 2, 137, 16, 16, 8), (2, 4, 2, 50, 40, 20, 4),
                                   (1, 1, 1, 96, 64, 16, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tile_select(dtype, case):
@@ -110,7 +111,9 @@ def test_tile_select(dtype, case):
     blocks = len(offsets) - 1
     mean = torch.randn(batch, kv_heads, blocks, dim, generator=g).to(dtype).to(DEVICE)
     always, dense = (torch.arange(blocks, device=DEVICE) == n for n in (1, blocks - 1))
-    for density, each_row in ((0.3, False), (0.6, False), (1.0, False), (0.3, True), (1.0, True)):
+    cuts = [(0.3, False), (0.3, True), (0.6, False), (1.0, False), (1.0, True)]
+    # an interpreter is slow, and the dtype is forgotten where scores are cut
+    for density, each_row in cuts if GPU or dtype == torch.float32 else cuts[:2]:
         options = {"density": density, "probes": probes, "each_row": each_row}
         with poisoned():
             found = tile_select(q, mean, offsets, always, dense, **options, impl="triton")
