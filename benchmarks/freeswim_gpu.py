@@ -106,11 +106,11 @@ class Passes:
         self.plan: Any = None
 
     @contextmanager
-    def dual(self, place: str) -> Iterator[StepClock]:
+    def dual(self, place: str, slide: str = "tile") -> Iterator[StepClock]:
         """The dual path in mode cache with an interval of two: step 0 guides, step 1 reuses."""
         clock = StepClock()
         clock.begin(KEPT)
-        path = DualPath(Ways("cache", 2, "tile", SCALE_MULT),
+        path = DualPath(Ways("cache", 2, slide, SCALE_MULT),
                         Sizes(self.native, self.target, 16), clock,
                         GuideCache(place, self.places.append), True, lambda: False,
                         lambda what: None)
@@ -132,14 +132,14 @@ class Passes:
         return time.perf_counter() - begin
 
     def measured(self, kinds: tuple[str, ...], rounds: int, place: str = "device",
-                 density: float | None = None) -> dict[str, dict[str, Any]]:
+                 density: float | None = None, slide: str = "tile") -> dict[str, dict[str, Any]]:
         """Times and peak memory of these passes; guide comes before reuse."""
         times: dict[str, list[float]] = {kind: [] for kind in kinds}
         peaks: dict[str, float | None] = {}
         for _ in range(rounds):
             if "dense" in kinds:
                 self._note("dense", times, peaks, None)
-            with sparse_guide(self.model, density), self.dual(place) as clock:
+            with sparse_guide(self.model, density), self.dual(place, slide) as clock:
                 for kind in kinds:
                     if kind != "dense":
                         self._note(kind, times, peaks, clock)
@@ -216,6 +216,7 @@ def whole(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         print("warm-up, one layer", flush=True)
         warm.measured(("dense", "guide", "reuse", "window"), 1)
         warm.measured(("guide",), 1, density=args.guide_density)
+        warm.measured(("window",), 1, slide="token")
         warm.close()
         passes = Passes(case, layers, args.tiny, device)
         print(f"{case.title}, {layers} layers", flush=True)
@@ -223,6 +224,7 @@ def whole(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         sparse = passes.measured(("guide",), 1, density=args.guide_density)
         found["sparse guide"] = sparse["guide"]
         plan = passes.plan
+        found["window, by token"] = passes.measured(("window",), 1, slide="token")["window"]
         passes.close()
     of = layers if args.tiny else case.layers[1]
     note = "" if layers == of else f"extrapolated from {layers} of {of} layers"

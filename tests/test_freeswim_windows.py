@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from fastdiff.policies.inward_window import (
     choose_tile,
+    exact_window,
     gathered_window,
     inward_axis,
+    tiled_window,
     trained_window,
-    window_attention,
     window_plan,
 )
 
@@ -91,7 +92,7 @@ def test_blocks_equal_masked_dense_attention(grid, native, block, slide):
     plan = window_plan(grid, trained_window(native), slide, block, CPU)
     generator = torch.Generator().manual_seed(math.prod(grid))
     q, k, v = torch.randn(3, 2, math.prod(grid), 2, 8, generator=generator, dtype=torch.float64)
-    out, lse = window_attention(q, k, v, plan, scale=0.4)
+    out, lse = tiled_window(q, k, v, plan, scale=0.4)
     wanted, mask = masked_dense(q, k, v, plan, scale=0.4)
     torch.testing.assert_close(out, wanted)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.4
@@ -110,6 +111,18 @@ def test_exact_windows_have_the_published_count_of_keys():
     assert plan.single and plan.density == (7 * 9) / (14 * 20)
     shared = window_plan((3, 14, 20), trained_window((6, 9)), "tile", 24, CPU)
     assert shared.density == pytest.approx(plan.density, rel=0.3)
+
+
+@pytest.mark.parametrize("native", [(6, 9), (4, 20), (14, 5)])
+def test_the_kernel_of_windows_has_the_same_ones(monkeypatch, native):
+    """Its plain reference, on the arguments that a GPU would get."""
+    from fastdiff.policies import inward_window
+
+    plan = window_plan((3, 14, 20), trained_window(native), "token", 24, CPU)
+    q, k, v = torch.randn(3, 1, 840, 2, 8)
+    monkeypatch.setattr(inward_window, "chosen", lambda *qkv: "reference")
+    monkeypatch.setattr(inward_window, "gathered_window", None)
+    torch.testing.assert_close(exact_window(q, k, v, plan), masked_dense(q, k, v, plan)[0])
 
 
 def test_a_grid_no_larger_than_the_window_is_dense():
@@ -135,7 +148,7 @@ def test_large_tensors_go_in_groups_of_heads(monkeypatch):
 
     plan = window_plan((2, 7, 9), (3, 5), "tile", 16, CPU)
     q, k, v = torch.randn(3, 2, 126, 5, 8)
-    whole = window_attention(q, k, v, plan)
+    whole = tiled_window(q, k, v, plan)
     monkeypatch.setattr(inward_window, "MOST_NUMBERS", 126 * 2 * 8 * 2)
-    for found, wanted in zip(window_attention(q, k, v, plan), whole, strict=True):
+    for found, wanted in zip(tiled_window(q, k, v, plan), whole, strict=True):
         torch.testing.assert_close(found, wanted)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention
 from fastdiff.kernels.token_permute import permute_tokens
+from fastdiff.kernels.window_attention import chosen, window_attention
 from fastdiff.layout import Grid, TokenLayout
 from fastdiff.policies.base import Terms
 from fastdiff.policies.gathered import Gather, gathered_attention
@@ -160,10 +161,10 @@ def _axis_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.argsort(~keep, dim=1, stable=True)[:, : int(counts.max())], counts
 
 
-def window_attention(
+def tiled_window(
     query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention inside windows. query, key, value: [B, S, H, D] in raster order.
+    """Attention inside windows by whole blocks. query, key, value: [B, S, H, D] in raster order.
 
     Returns [B, S, H, D] and the natural log of the softmax denominator, float32 [B, S, H].
     """
@@ -177,30 +178,49 @@ def window_attention(
         return (permute_tokens(out, plan.inverse),
                 permute_tokens(lse.transpose(1, 2).contiguous(), plan.inverse))
 
-    return by_head_groups(attend, query, key, value)
+    out, lse = by_head_groups(attend, query, key, value)
+    return out, lse
 
 
 def by_head_groups(
-    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], *qkv: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`attend` in groups of heads that a kernel's 32-bit places can number; (o, l) of all."""
+    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]], *qkv: Tensor
+) -> tuple[Tensor, ...]:
+    """`attend` in groups of heads that a kernel's 32-bit places can number, [B, S, H, ...] of all.
+    """
     groups = math.ceil(qkv[0].numel() / MOST_NUMBERS)
     if groups <= 1:
         return attend(*qkv)
     size = math.ceil(qkv[0].shape[2] / groups)
     parts = [attend(*(x.contiguous() for x in group))
              for group in zip(*(x.split(size, dim=2) for x in qkv), strict=True)]
-    outs, denominators = zip(*parts, strict=True)
-    return torch.cat(outs, 2), torch.cat(denominators, 2)
+    return tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+
+
+def exact_window(
+    query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, scale: float | None = None,
+) -> Tensor:
+    """The same for windows that move by single tokens, without a block for each of them.
+
+    On a GPU by the windows' own kernel, elsewhere by `gathered_window`; of the same result.
+    """
+    try:
+        impl = chosen(query, key, value)
+    except ValueError:
+        return gathered_window(query, key, value, plan, scale)
+    height, width = (int(axis.high[0] - axis.low[0]) for axis in plan.axes)
+    grid = plan.layout.grid
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (window_attention(q, k, v, grid=grid, window=(grid[0], height, width), scale=scale,
+                                 impl=impl),)
+
+    return by_head_groups(attend, query, key, value)[0]
 
 
 def gathered_window(
     query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, scale: float | None = None,
 ) -> Tensor:
-    """The same with keys gathered and masked: for windows that slide by single tokens.
-
-    Slower than whole blocks at the same window, and much faster than blocks of single tokens.
-    """
+    """The same in plain torch: the keys of a tile are gathered, and masked inside it."""
     frames = torch.arange(plan.layout.grid[0])
     time = Axis(frames, torch.zeros_like(frames), torch.full_like(frames, len(frames)))
     axes = [cut_tiles(axis, most).to(query.device)

@@ -18,9 +18,9 @@ from fastdiff.pipelines.upscale.turn import Turn, arguments_by_name, batch_of
 from fastdiff.policies.inward_window import (
     Sides,
     WindowPlan,
-    gathered_window,
+    exact_window,
+    tiled_window,
     trained_window,
-    window_attention,
     window_plan,
 )
 from fastdiff.seam import attention_modules, crossing
@@ -179,7 +179,7 @@ class DualPath:
 
     def _plan(self, grid: Grid, device: torch.device, joint: bool) -> WindowPlan:
         if grid not in self.plans:
-            # gathered keys give no denominator, which joint attention needs
+            # joint attention needs the denominator, which blocks alone give
             slide = "tile" if joint and self.ways.slide == "auto" else self.ways.slide
             block = 128 if device.type == "cuda" else 64
             window = trained_window(self.sizes.native_grid(grid))
@@ -218,9 +218,9 @@ class DualPath:
             return attend(query, key, value, None)
         rows = slice(0, turn.rows)
         if plan.single:
-            out = gathered_window(query[rows], key[rows], value[rows], plan, scale)
+            out = exact_window(query[rows], key[rows], value[rows], plan, scale)
         else:
-            out, _ = window_attention(query[rows], key[rows], value[rows], plan, scale)
+            out, _ = tiled_window(query[rows], key[rows], value[rows], plan, scale)
         if turn.kind != "guide":
             return out
         dense = attend(query[turn.rows :], key[turn.rows :], value[turn.rows :], None)
@@ -232,7 +232,7 @@ class DualPath:
         assert turn is not None
 
         def window(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-            return window_attention(q, k, v, plan, scale)
+            return tiled_window(q, k, v, plan, scale)
 
         if turn.kind == "window":
             rows = slice(0, turn.rows)

@@ -62,7 +62,8 @@ def text_part(
             block_k=_BLOCK, key_mask=mask, scale=scale, return_lse=True)
         return out, lse.transpose(1, 2)
 
-    return by_head_groups(attend, query, key, value)
+    out, lse = by_head_groups(attend, query, key, value)
+    return out, lse
 
 
 def key_mask(mask: Tensor | None, rows: int) -> Tensor | None:
