@@ -8,10 +8,6 @@ measured: `benchmarks/results/int8.json`.
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
 __all__ = ["ENDING", "load_part", "pack", "pack_part", "unpack"]
 
 ENDING = ".int8.safetensors"
@@ -19,9 +15,14 @@ SCALE = ".scale"
 LEAST = 4096
 """Tensors of fewer elements stay as they are."""
 
+Weights = dict[str, Any]
+"""Tensors by name."""
 
-def pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+
+def pack(weights: Weights) -> Weights:
     """int8 rows and `NAME.scale` (fp32 [out]) of the large tensors; the others in bf16."""
+    import torch
+
     packed = {}
     for name, value in weights.items():
         if value.ndim < 2 or value.numel() < LEAST or not value.is_floating_point():
@@ -35,8 +36,10 @@ def pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(packed: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights that `pack` was given, in `dtype`."""
+def unpack(packed: Weights, dtype: Any) -> Weights:
+    """The weights that `pack` was given, in the torch dtype `dtype`."""
+    import torch
+
     weights = {}
     for name, value in packed.items():
         if name.endswith(SCALE):
@@ -48,11 +51,13 @@ def unpack(packed: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
-def load_part(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module | None:
+def load_part(folder: Path, kind: Any, dtype: Any) -> Any:
     """A component of class `kind` out of a folder with packed weights; None where they are not.
 
     Raises: ValueError where the file and the class do not fit.
     """
+    from safetensors.torch import load_file
+
     found = sorted(folder.glob("*" + ENDING))
     if not found:
         return None
@@ -73,6 +78,8 @@ def load_part(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module | None:
 
 def pack_part(folder: Path) -> Path:
     """Replace the only .safetensors file of a component folder by a packed one; its path."""
+    from safetensors.torch import load_file, save_file
+
     (path,) = [p for p in folder.glob("*.safetensors") if not p.name.endswith(ENDING)]
     packed = path.with_name(path.name.removesuffix(".safetensors") + ENDING)
     save_file(pack(load_file(path)), packed, metadata={"format": "pt"})

@@ -37,7 +37,7 @@ def test_the_settings_make_a_unet_in_sdxl_form():
               if type(module).__name__ == "Transformer2DModel"}
     assert not any(name.startswith("down_blocks.0") for name in blocks)
     assert blocks["down_blocks.1.attentions.0"] == 2
-    assert blocks["down_blocks.2.attentions.0"] == blocks["mid_block.attentions.0"] == 4
+    assert blocks["down_blocks.2.attentions.0"] == blocks["mid_block.attentions.0"] == 2
     assert sum(p.numel() for p in unet.parameters()) < 10e6
 
 
