@@ -25,9 +25,9 @@ class TileSparse(Policy):
     frames. Tiles that are not kept enter the same softmax through their mean key and mean value
     with the weight of their length (`tail`), so no attention mass is dropped.
 
-    select_by: "top-k" keeps the best tiles of each row, as many in all; "threshold" keeps tiles whose
-        log mass exceeds mean + beta * std of its row; "top-p" keeps the best tiles until they hold
-        the share `p` of the pooled softmax.
+    select_by: "top-k" keeps the best tiles of each row, as many in all; "threshold" keeps tiles
+        whose log mass exceeds mean + beta * std of its row; "top-p" keeps the best tiles until they
+        hold the share `p` of the pooled softmax.
     beta: cut of "threshold" fixed by hand. None finds, for every sample and layer, the cut that
         meets `density` on average; rows and heads that need more tiles then get more.
     p: cut of "top-p" fixed by hand; None likewise.
