@@ -48,6 +48,45 @@ def kernel_cases(result: Row) -> Table:
     return ["implementation", "cases", "failed", "largest error over its bound"], rows
 
 
+def windows(result: Row) -> Table:
+    """One line a shape: dense, then each implementation's time, speed-up and E."""
+    shapes: dict[tuple, list[Row]] = {}
+    for row in result["rows"]:
+        if "seconds" in row:
+            shapes.setdefault((row["name"], row["density"]), []).append(row)
+    rows = []
+    for (name, density), found in shapes.items():
+        first, cells = found[0], []
+        grid, window, stride = (
+            " x ".join(map(str, first[key])) for key in ("grid", "window", "stride"))
+        dense = min((r for r in found if r["what"].startswith("dense")), key=lambda r: r["seconds"])
+        for impl in ("gluon", "triton", "FlexAttention"):
+            row = next((r for r in found if r["what"] == impl), None)
+            cells.append("" if row is None else f"{row['seconds'] * 1e3:.2f}, "
+                         f"{row['speedup']:.2f}x, {row['efficiency']:.2f}")
+        covered = next((f"{r['covered']:.2f}" for r in found if "covered" in r), "")
+        rows.append([
+            name, f"{grid}" + (f" + {first['text']}" if first["text"] else ""), window, stride,
+            f"{first['heads']} x {first['dim']}", f"{density:.3f}",
+            f"{dense['seconds'] * 1e3:.2f}", *cells, covered])
+    heads = ["shape", "grid + text", "window", "stride", "heads x D", "density", "dense, ms",
+             "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E",
+             "covered"]
+    return heads, rows
+
+
+def windows_note(result: Row) -> str:
+    right = "; ".join(f"{row['what']}: {row['cases']} cases against float64, {row['failed']} failed"
+                      for row in result["rows"] if "cases" in row)
+    return f"median of {result['settings']['rounds']}, interleaved; {right}"
+
+
+def sanitize(result: Row) -> Table:
+    rows = [[row["kernel"], row["tool"], row.get("summary", row.get("failed", ""))[:80]]
+            for row in result["rows"] if row["tool"]]
+    return ["kernel", "tool", "its summary"], rows
+
+
 def backward(result: Row) -> Table:
     """Times of the backward alone."""
     rows = []

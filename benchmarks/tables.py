@@ -194,6 +194,9 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "forward-cuda": ("tiny_video_forward_cuda.json", forward),
     "denoiser": ("denoiser_cuda.json", _told(kernel_tables.denoiser, _rounds)),
     "kernels": ("kernels_cuda.json", _told(kernel_tables.kernels, _rounds)),
+    "windows": ("windows_cuda.json", _told(kernel_tables.windows, kernel_tables.windows_note)),
+    "sanitize": ("sanitize_cuda.json", _told(
+        kernel_tables.sanitize, lambda _: "compute-sanitizer")),
     "kernel-cases": ("kernel_cases_cuda.json", _cases),
     "cpu-attention": ("cpu_attention.json", _told(kernel_tables.cpu_attention, _rounds)),
     "batch": ("batch-cpu.json", batch),
