@@ -50,6 +50,36 @@ def evaluator(result: Row) -> Table:
             "of clips that change their object"], rows
 
 
+def attention_mass(result: Row) -> Table:
+    """By model and layer: the share that the best key tiles hold, trained and random."""
+    shares = [k for k in result["rows"][0] if k.startswith("best_")]
+    pairs: dict[tuple, dict[str, Row]] = {}
+    for row in result["rows"]:
+        pairs.setdefault((row["model"], row["layer"]), {})[row["weights"]] = row
+    rows = []
+    for (model, layer), sides in pairs.items():
+        trained, random = sides["trained"], sides["random"]
+        cells = [model, str(layer), f"{trained['text']:.2f}" if trained["text"] > 1e-6 else ""]
+        for k in shares:
+            heads, others = trained[k], random[k]
+            cells.append(f"{_average(heads):.2f} ({min(heads):.2f} to {max(heads):.2f})")
+            cells.append(f"{_average(others):.2f}")
+        rows.append(cells)
+    heads = ["model", "layer", "on text"]
+    for k in shares:
+        heads += [f"best {float(k.removeprefix('best_')):.0%} of tiles", "random weights"]
+    return heads, rows
+
+
+def mass_note(result: Row) -> str:
+    return (f"blocks of {result['settings']['block']} tokens; mean over heads (least to most); one "
+            "conditional forward in the middle of a run, one prompt")
+
+
+def _average(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def gallery(result: Row) -> Table:
     """One row a model and kind: how near to stock, and what the evaluator says of both."""
     rows = []

@@ -55,11 +55,11 @@ def grid(parts: Sequence[Image.Image], columns: int, gap: int = GAP) -> Image.Im
     return below([beside(row, gap) for row in rows], gap)
 
 
-def save_png(sheet: Image.Image, path: Path, colours: int | None = None) -> None:
-    """`colours`: a palette of so many, dithered, instead of all; the file is then smaller."""
-    if colours is not None:
-        palette = sheet.quantize(colours, Image.Quantize.MEDIANCUT)
-        sheet = sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+def save_png(sheet: Image.Image, path: Path, colours: int, dither: bool = True) -> None:
+    """In a palette of so many colours, which keeps the file small."""
+    palette = sheet.quantize(colours, Image.Quantize.MEDIANCUT)
+    how = Image.Dither.FLOYDSTEINBERG if dither else Image.Dither.NONE
+    sheet = sheet.quantize(palette=palette, dither=how)
     data = io.BytesIO()
     sheet.save(data, "PNG", optimize=True)
     _write(path, data)

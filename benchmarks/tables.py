@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
          "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/static-policies.md",
-         "docs/gallery.md", "docs/training.md", *(f"fastdiff/models/tiny-{name}/README.md"
-                               for name in ("image", "unet", "video")))
+         "docs/gallery.md", "docs/attention-mass.md", "docs/training.md",
+         *(f"fastdiff/models/tiny-{name}/README.md" for name in ("image", "unet", "video")))
 
 Row = dict
 
@@ -206,6 +206,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "unet-ability": ("tiny_unet_ability.json", _ability),
     "evaluator": ("evaluator.json", _told(
         model_tables.evaluator, lambda _: "renders of pairs never seen in training")),
+    "attention-mass": ("attention_mass.json", _told(model_tables.attention_mass,
+                                                    model_tables.mass_note)),
     "gallery": ("gallery.json", _told(model_tables.gallery, model_tables.gallery_note)),
     **{f"gallery-{kind}": ("gallery.json", _told(model_tables.gallery_prompts(kind),
                                                  model_tables.gallery_note))
