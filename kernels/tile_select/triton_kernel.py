@@ -111,7 +111,7 @@ def tile_score_kernel(
             step = step_of_z(b_x, mean[:, None], rsqrt[:, None], BINS, REACH)
             free = (tl.load(always + o_n, mask=m_n, other=1) == 0)[None, :] & ~dense[:, None]
             free = free & (o_n[None, :] != o_row[:, None]) & m_row[:, None]
-            # what is not free goes to step 0, and is taken off again: older Tritons have no mask here
+            # what is not free goes to step 0 and is taken off again: older Tritons have no mask
             step = tl.where(free, step, 0)
             taken = tl.sum(tl.sum((~free).to(tl.int32), 1), 0)
             counted += tl.histogram(tl.reshape(step, [ROWS * BC]), BINS)
