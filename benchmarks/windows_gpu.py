@@ -83,26 +83,30 @@ def cases(tiny: bool) -> list[Case]:
     sizes = [((9, 13, 21), (5, 7, 8)), ((4, 16, 16), (4, 8, 8)), ((1, 37, 41), (1, 12, 41)),
              ((1, 1, 1000), (1, 1, 129)), ((17, 9, 10), (1, 9, 2)), ((2, 2, 2), (1, 2, 1)),
              ((8, 24, 24), (5, 11, 13))]
-    for i, (dim, dtype, (grid, window)) in enumerate(itertools.product((64, 80, 128), half, sizes)):
+    for i, (dim, (grid, window)) in enumerate(itertools.product((64, 80, 128), sizes)):
         stride = ((1, 1, 1), tuple(max(1, n // 2) for n in window), tuple(window))[i % 3]
         found.append(Case(
             grid, window, (stride[0], stride[1], stride[2]), ("", "t", "hw", "thw")[i % 4],
             (0, 0, 3, 130)[i % 4], (0, 77, 0, 1)[i // 4 % 4], batch=1 + i % 2,
-            heads=2 + 2 * (i % 2), kv_heads=2, dim=dim, dtype=dtype, masked=i % 5 == 4,
-            strided=i % 7 > 4, seed=i))
+            heads=2 + 2 * (i % 2), kv_heads=2, dim=dim, dtype=half[i // 2 % 2],
+            masked=i % 5 == 4, strided=i % 7 > 4, seed=i))
     for i, dim in enumerate((16, 72, 160, 256)):
         found.append(Case((5, 11, 13), (3, 5, 6), dim=dim, dtype=half[i % 2], after=9, seed=i))
         found.append(Case((5, 11, 13), (3, 5, 6), dim=dim, before=9, seed=i))
     return found
 
 
-def refusal(impl: str, device: str) -> str | None:
-    """Why `impl` cannot run here, or None; found in a process, since a faulty kernel may hang."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        try:
-            return pool.apply_async(refusal_here, (impl, device)).get(60)
-        except multiprocessing.TimeoutError:
-            return "no answer in 60 s"
+def refusals(device: str) -> dict[str, str | None]:
+    """Why an implementation cannot run here; found in processes, since a faulty kernel may hang."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        tasks = {impl: pool.apply_async(refusal_here, (impl, device)) for impl in TILES}
+        found = {}
+        for impl, task in tasks.items():
+            try:
+                found[impl] = task.get(60)
+            except multiprocessing.TimeoutError:
+                found[impl] = "no answer in 60 s"
+        return found
 
 
 def refusal_here(impl: str, device: str) -> str | None:
@@ -132,32 +136,37 @@ def compiled(impl: str, device: str, shape: Shape) -> None:
 
 
 def checked(
-    impl: str, device: str, tiny: bool, shapes: list[Shape], workers: int, seconds: float
-) -> dict[str, Any]:
+    impls: list[str], device: str, tiny: bool, shapes: list[Shape], workers: int, seconds: float
+) -> list[dict[str, Any]]:
     """All cases, in processes: many kernels are compiled, and a faulty one must not end all."""
-    begin = time.perf_counter()
-    found, hung = [], ""
+    end = time.perf_counter() + seconds
+    rows = []
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for shape in shapes:
+        tasks = {impl: [pool.apply_async(one_case, (impl, device, case)) for case in cases(tiny)]
+                 for impl in impls}
+        for impl, shape in itertools.product(impls, shapes):
             pool.apply_async(compiled, (impl, device, shape))
-        tasks = [pool.apply_async(one_case, (impl, device, case)) for case in cases(tiny)]
-        for task in tasks:
-            try:
-                left = seconds - (time.perf_counter() - begin)
-                found.append(task.get(max(left, 0.1)))
-            except multiprocessing.TimeoutError:
-                hung = f"not all cases ended in {seconds:g} s"
+        for impl, running in tasks.items():
+            found, late = [], 0
+            for task in running:
+                try:
+                    found.append(task.get(max(end - time.perf_counter(), 0.1)))
+                except multiprocessing.TimeoutError:
+                    late += 1
+            ran = [row for row in found if row is not None]
+            failed = [wrong for _, wrong in ran if wrong]
+            failed += [f"{late} cases did not end in {seconds:g} s"] * (late > 0)
+            worst = max((ratio for ratio, wrong in ran if not wrong), default=math.nan)
+            rows.append({
+                "what": impl, "cases": len(ran) + late, "failed": len(failed),
+                "refused": found.count(None), "worst_error_over_allowed": worst,
+                "reasons": failed[:8]})
+            print({k: v for k, v in rows[-1].items() if k != "reasons"}, *failed[:4], sep="\n  ",
+                  flush=True)
         pool.close()
-        if not hung:
+        if not any(row["failed"] for row in rows):
             pool.join()
-    ran = [row for row in found if row is not None]
-    failed = [wrong for _, wrong in ran if wrong] + [hung] * bool(hung)
-    worst = max((ratio for ratio, wrong in ran if not wrong), default=math.nan)
-    row = {"what": impl, "cases": len(ran), "failed": len(failed), "refused": found.count(None),
-           "worst_error_over_allowed": worst, "reasons": failed[:8],
-           "spent": round(time.perf_counter() - begin, 1)}
-    print({k: v for k, v in row.items() if k != "reasons"}, *failed[:4], sep="\n  ", flush=True)
-    return row
+    return rows
 
 
 def candidates(shape: Shape, device: str, impls: list[str]) -> dict[str, Run]:
@@ -264,7 +273,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, any device")
     parser.add_argument("--only", help="part of a shape's name")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
-    parser.add_argument("--seconds", type=float, default=90, help="no new shape after that")
+    parser.add_argument("--seconds", type=float, default=90,
+                        help="for all cases; and no new shape after that")
     parser.add_argument("--output", "-o", type=Path, default=record.RESULTS)
     args = parser.parse_args(words)
     begin = time.perf_counter()
@@ -272,7 +282,7 @@ def main(words: list[str] | None = None) -> None:
     if device == "cpu" and not args.tiny:
         parser.error("no CUDA device; --tiny runs small shapes here")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    usable = {name: refusal(name, device) for name in ("gluon", "triton")}
+    usable = refusals(device)
     for name, reason in usable.items():
         if reason:
             print(f"{name}: {reason}")
@@ -283,15 +293,13 @@ def main(words: list[str] | None = None) -> None:
                                 "cannot": {k: v for k, v in usable.items() if v}}
     path = args.output / f"windows_{device}.json" if not args.output.suffix else args.output
     shapes = [s for s in (TINY if args.tiny else SHAPES) if (args.only or "") in s.name]
-    rows = []
-    for name in impls.copy():
-        rows.append(checked(name, device, args.tiny, shapes, args.workers, args.seconds / 3))
-        record.write(path, "windows", device, settings, rows)
-        if rows[-1]["failed"] and not args.impl:
-            # no speed of what is wrong
-            impls.remove(name)
+    rows = checked(impls, device, args.tiny, shapes, args.workers, args.seconds)
+    record.write(path, "windows", device, settings, rows)
+    wrong = [row["what"] for row in rows if row["failed"]]
+    # no speed of what is wrong
+    impls = [name for name in impls if name not in wrong or args.impl]
     for shape in shapes:
-        if time.perf_counter() - begin > args.seconds:
+        if time.perf_counter() - begin > args.seconds and not args.only:
             print(f"{shape.name}: out of time")
             continue
         rows += (found := measure(shape, args.rounds, device, impls))

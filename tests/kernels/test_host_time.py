@@ -1,6 +1,7 @@
 """Host time of the Hopper kernel, counted in calls: a repeated call makes nothing anew."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ class Launched:
 
 
 @pytest.fixture
-def kernels(monkeypatch) -> list[Launched]:
+def kernels(monkeypatch) -> Iterator[list[Launched]]:
     """Every plan's kernel; a CPU passes for a Hopper GPU."""
     found: list[Launched] = []
     make = gluon_impl._plan
