@@ -22,12 +22,14 @@ _FINE, _SHARP = 4, 2
 class Chart:
     """One panel of `size` points; saved at two pixels a point.
 
-    x, y: (least, most) of the data. Margins are left for ticks and axis titles.
+    x, y: (least, most) of the data. Margins are left for ticks, axis titles, and lines of notes.
     """
 
-    def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float]):
-        self.size, self.x, self.y = size, x, y
-        self.left, self.top, self.right, self.bottom = 62, 34, size[0] - 16, size[1] - 46
+    def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float],
+                 notes: Sequence[str] = ()):
+        self.size, self.x, self.y, self.notes = size, x, y, notes
+        self.left, self.right = 62, size[0] - 16
+        self.top, self.bottom = 34 + 15 * len(notes), size[1] - 46
         self.image = Image.new("RGB", (size[0] * _FINE, size[1] * _FINE), "white")
         self._draw = ImageDraw.Draw(self.image)
         self._taken: list[Box] = []
@@ -53,6 +55,8 @@ class Chart:
         middle = (self.left + self.right) / 2
         self.words(middle, self.size[1] - 8, x_title, anchor="mb")
         self.words(8, 8, title, size=13, anchor="lt")
+        for i, note in enumerate(self.notes):
+            self.words(8, 30 + 15 * i, note, GRAY, anchor="lm")
         self._upright(y_title)
 
     def words(self, x: float, y: float, text: str, colour: Colour = INK, size: int = 11,
@@ -143,7 +147,7 @@ def save(panels: Sequence[Chart], path: Path) -> None:
         sheet.paste(panel.image.resize(size, Image.Resampling.LANCZOS), (x, 0))
         x += size[0]
     data = io.BytesIO()
-    sheet.quantize(64).save(data, "PNG", optimize=True)
+    sheet.quantize(256, Image.Quantize.FASTOCTREE).save(data, "PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_bytes(data.getvalue())

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
          "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/static-policies.md",
-         "docs/gallery.md", "docs/attention-mass.md", "docs/training.md",
+         "docs/comparison.md", "docs/gallery.md", "docs/attention-mass.md", "docs/training.md",
          *(f"fastdiff/models/tiny-{name}/README.md" for name in ("image", "unet", "video")))
 
 Row = dict
@@ -212,6 +212,12 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     **{f"gallery-{kind}": ("gallery.json", _told(model_tables.gallery_prompts(kind),
                                                  model_tables.gallery_note))
        for kind in ("pictures", "clips")},
+    "methods-reading": ("methods_tiny_video_cuda_0.25.json", method_tables.reading),
+    "methods-reading-0.1": ("methods_tiny_video_cuda_0.1.json", method_tables.reading),
+    "methods-0.1": ("methods_tiny_video_cuda_0.1.json", _methods),
+    "architectures-reading": ("architectures_cuda.json", method_tables.speed_reading),
+    "hunyuan-reading": ("architectures_hunyuan_cuda.json", method_tables.speed_reading),
+    "architectures-hunyuan": ("architectures_hunyuan_cuda.json", _architectures),
     "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
     "architectures": ("architectures_cuda.json", _architectures),
     "staged": ("staged_tiny-video_picture_cpu.json", staged),
