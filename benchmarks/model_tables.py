@@ -81,49 +81,55 @@ def _average(values: list[float]) -> float:
 
 
 def gallery(result: Row) -> Table:
-    """One row a model and kind: how near to stock, and what the evaluator says of both."""
+    """One row a model, kind and call: how near to stock, and what the evaluator says of both."""
     rows = []
     for row in result["rows"]:
-        both = [(row["stock"], row["fast"])]
+        a, b = row["stock"], row["fast"]
         rows.append([
-            f"{row['model']}, {row['kind']}", f"{row['size']} x {row['size']}",
+            f"{row['model']}, {row['kind']}", f"{row['size']} x {row['size']}", f"`{row['call']}`",
             f"{row['density']:.2f}", f"{row['operations']:.0%}", _mean(row["psnr"], ".1f"),
             _mean(row["ssim"], ".3f"),
-            *(f"{a[k]:.0%}, {b[k]:.0%}" if k in a else "" for a, b in both for k in
+            *(f"{a[k]:.0%}, {b[k]:.0%}" if k in a else "" for k in
               ("object", "colour", "pattern", "place", "direction")),
-            *(f"{1e3 * a['sharpness']:.0f}, {1e3 * b['sharpness']:.0f}" for a, b in both),
-            f"{row['distance']:.3f}",
+            f"{1e3 * a['sharpness']:.0f}, {1e3 * b['sharpness']:.0f}", f"{row['distance']:.3f}",
         ])
-    return ["", "pixels", "density, sparse steps", "attention in all", "PSNR to stock, dB", "SSIM",
-            "object: stock, fast", "colour", "pattern", "place", "direction", "sharpness, 1/1000",
-            "distance"], rows
+    return ["", "pixels", "call", "density, sparse steps", "attention in all", "PSNR to stock, dB",
+            "SSIM", "object: stock, FastDiff", "colour", "pattern", "place", "direction",
+            "sharpness, 1/1000", "distance"], rows
 
 
 def gallery_prompts(kind: str) -> Callable[[Row], Table]:
     """One line a prompt of the pictures or clips: PSNR to stock, and what the evaluator misses."""
 
     def made(result: Row) -> Table:
-        sets = [row for row in result["rows"] if row["kind"] == kind]
-        heads = ["", "prompt"]
-        for row in sets:
-            heads += [f"{row['model']}: PSNR, dB", "stock misses", "fast misses"]
-        rows = []
-        for i, lines in enumerate(zip(*(row["each"] for row in sets), strict=True)):
+        variants = [row for row in result["rows"] if row["kind"] == kind]
+        heads, rows = ["", "prompt"], []
+        first = {row["model"]: row["call"] for row in reversed(variants)}
+        for row in variants:
+            if row["call"] == first[row["model"]]:
+                heads.append(f"{row['model']}: stock misses")
+            call = row["call"].removeprefix("enable_fastdiff")
+            heads += [f"{call}: PSNR, dB", "misses"]
+        for i, lines in enumerate(zip(*(row["each"] for row in variants), strict=True)):
             cells = [str(i + 1), lines[0]["prompt"]]
-            for line in lines:
-                cells.append(f"{line['psnr']:.1f}")
-                cells += [", ".join(k.replace("_", " ") for k, right in line[side].items()
-                                    if not right) for side in ("stock", "fast")]
+            for row, line in zip(variants, lines, strict=True):
+                if row["call"] == first[row["model"]]:
+                    cells.append(_missed(line["stock"]))
+                cells += [f"{line['psnr']:.1f}", _missed(line["fast"])]
             rows.append(cells)
         return heads, rows
 
     return made
 
 
+def _missed(verdicts: Row) -> str:
+    return ", ".join(name.replace("_", " ") for name, right in verdicts.items() if not right)
+
+
 def gallery_note(result: Row) -> str:
     row = result["rows"][0]
     knobs = ", ".join(f"{k} {row['method'][k]:g}" for k in ("density", "dense_steps"))
-    return (f"`enable_fastdiff(min_tokens=1)`: {row['method']['method']}, {knobs}; "
+    return (f"{row['method']['method']}, {knobs}; "
             f"{result['settings']['count']} prompts, mean ± 95 % confidence")
 
 
