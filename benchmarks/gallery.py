@@ -5,8 +5,8 @@ python benchmarks/gallery.py --tiny -o /tmp/look  # a smoke run on a CPU
 
 Prompts name pairs of object and background colour that training never showed, in turn; seeds are
 0 to 15. Nothing is picked. `min_tokens=1` makes FastDiff sparse at sizes where it would step
-aside because it gains no time there; what is shown is what sparse attention does to the result. Pictures
-are made twice: with the default blocks of 64 tokens and with finer ones.
+aside because it gains no time there; what is shown is what sparse attention does to the result.
+Pictures are made twice: with the default blocks of 64 tokens and with finer ones.
 """
 
 import argparse
