@@ -9,11 +9,8 @@ from fastdiff.cli.sidecar import Settings
 def lines(settings: Settings, pipe: Any) -> str:
     """A program whose `frames` are the result: float [F, H, W, 3] or [1, H, W, 3] in 0..1."""
     accepted = sampling.parameters(pipe)
-    call = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance,
-            "height": settings.height, "width": settings.width, "num_frames": settings.frames,
-            "frame_rate": settings.fps, "negative_prompt": settings.negative, **settings.call}
-    shown = {name: value for name, value in call.items()
-             if value is not None and name in accepted}
+    shown = {name: value for name, value in sampling.arguments_of(settings).items()
+             if name in accepted}
     plan = "" if settings.plan is None else f"pipe.enable_fastdiff({_methods(settings.plan)})\n"
     names = "" if settings.plan is None else "".join(
         f"{line}\n" for line in sorted({_import(entry) for entry in settings.plan["methods"]}))

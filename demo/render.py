@@ -177,5 +177,6 @@ def _blocks(pipe: Any) -> list[nn.Module]:
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     lists = [inner for part in parts for inner in part.modules()
              if isinstance(inner, nn.ModuleList)]
-    return [*parts, *(block for blocks in lists for block in blocks)]
+    # a list may have gaps, such as a UNet's levels without attention
+    return [*parts, *(block for blocks in lists for block in blocks if block is not None)]
 

@@ -16,6 +16,7 @@ from fastdiff.cli.sidecar import Settings
 _ARGUMENTS = {"negative": "negative_prompt", "steps": "num_inference_steps",
               "guidance": "guidance_scale", "height": "height", "width": "width",
               "frames": "num_frames"}
+_TRUE_GUIDANCE = "true_cfg_scale"
 # what the user types where it is not the name
 _TYPED = {"height": "size", "width": "size"}
 
@@ -120,7 +121,9 @@ def sample_together(
         arguments["prompt"] = [one.prompt for one in several]
         arguments["generator"] = [torch.Generator("cpu").manual_seed(one.seed) for one in several]
         if "negative_prompt" in arguments:
-            arguments["negative_prompt"] = [one.negative for one in several]
+            own = arguments["negative_prompt"]
+            arguments["negative_prompt"] = [own if one.negative is None else one.negative
+                                            for one in several]
     found, seconds = _call(pipe, several[0], arguments)
     results: list[Result | InputError] = []
     for one, frames in zip(several, found, strict=True):
@@ -167,16 +170,29 @@ def _without_nan(settings: Settings) -> str:
     return ", or ".join(more) or "another seed, or check the weights"
 
 
+def arguments_of(settings: Settings) -> dict[str, Any]:
+    """The arguments of a call that settings name; what the user gave goes before the model's own.
+
+    Models with a true guidance beside an embedded one take the former, and say so in their call.
+    """
+    given = {_argument(option, settings): getattr(settings, option) for option in _ARGUMENTS}
+    if settings.kind == "image":
+        given["num_frames"] = 1
+    given["frame_rate"] = settings.fps
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**{name: v for name, v in settings.call.items() if v is not None}, **given}
+
+
+def _argument(option: str, settings: Settings) -> str:
+    true = option == "guidance" and _TRUE_GUIDANCE in settings.call
+    return _TRUE_GUIDANCE if true else _ARGUMENTS[option]
+
+
 def _arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]:
     import torch
 
     accepted = parameters(pipe)
-    given = {argument: getattr(settings, option) for option, argument in _ARGUMENTS.items()}
-    if settings.kind == "image":
-        given["num_frames"] = 1
-    given["frame_rate"] = settings.fps
-    found = {name: value for name, value in {**given, **settings.call}.items()
-             if value is not None and name in accepted}
+    found = {name: v for name, v in arguments_of(settings).items() if name in accepted}
 
     def stepped(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
         total = getattr(pipeline, "num_timesteps", None) or settings.steps or step + 1
@@ -199,9 +215,10 @@ def _resolved(pipe: Any, settings: Settings, frames: Any) -> Settings:
     if settings.kind == "video":
         filled["frames"] = len(frames)
     for option in ("steps", "guidance"):
-        parameter = accepted.get(_ARGUMENTS[option])
+        argument = _argument(option, settings)
+        parameter = accepted.get(argument)
         if getattr(settings, option) is None and parameter is not None:
-            default = parameter.default
+            default = settings.call.get(argument, parameter.default)
             filled[option] = default if isinstance(default, (int, float)) else None
     return replace(settings, **filled)
 
