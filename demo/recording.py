@@ -184,6 +184,8 @@ def share(place: Place, head: int) -> Share:
     held = float(part @ (mass * kept).sum(-1))
     cost = part[:, None] * part[None, :]
     order = (mass / part[None, :]).flatten().argsort(descending=True)
-    spent = cost.flatten()[order].cumsum(0)
+    each = cost.flatten()[order]
+    # the last one in part: tiles of uneven length seldom meet the density
+    taken = ((density - each.cumsum(0)) / each + 1).clamp(0, 1)
     value = (part[:, None] * mass).flatten()[order]
-    return Share(density, held, float(value[spent <= density + 1e-9].sum()))
+    return Share(density, held, float((value * taken).sum()))
