@@ -272,8 +272,8 @@ def main() -> None:
     save([*panels, key_panel()], images / "attention-share.png")
     settings = {"prompts": {k: PROMPTS[k] for k in args.model},
                 "sha256": {k: models.find(k).sha256 for k in args.model},
-                "steps": args.steps or "own", "size": args.size or "own", "step": "the middle one, conditional", "block": BLOCK,
-                "seed": 0}
+                "steps": args.steps or "own", "size": args.size or "own",
+                "step": "the middle one, conditional", "block": BLOCK, "seed": 0}
     record.write((args.output or record.RESULTS) / "attention_mass.json", "attention_mass",
                  args.device, settings, rows)
 
