@@ -51,6 +51,8 @@ class Cross:
             yield
 
     def _overridden(self, turn: Turn, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if turn.kind == "record":
+            return self._keep(stock(*args, **kwargs))
         out = None
         hidden = args[0] if args else kwargs["hidden_states"]
         if turn.kind == "guide" or turn.first:
@@ -60,8 +62,7 @@ class Cross:
             (guide,) = self._cache.get(self.key, hidden.device)
         else:
             assert out is not None
-            guide = out[turn.first :]
-            self._keep(guide)
+            guide = self._keep(out[turn.first :])
         return turn.spread(None if out is None else out[: turn.first], guide)
 
     def stage(
@@ -73,6 +74,8 @@ class Cross:
         self._call += 1
         if turn is None or turn.kind == "window" or self._call == 1:
             return attend(query, key, value, mask)
+        if turn.kind == "record":
+            return self._keep(attend(query, key, value, mask))
         found = None
         if turn.kind == "guide" or turn.first:
             found = attend(*(turn.own(x) for x in (query, key, value)), turn.own(mask))
@@ -80,13 +83,13 @@ class Cross:
             (guide,) = self._cache.get(self.key, query.device)
         else:
             assert found is not None
-            guide = found[turn.first :]
-            self._keep(guide)
+            guide = self._keep(found[turn.first :])
         return turn.spread(None if found is None else found[: turn.first], guide)
 
-    def _keep(self, guide: Tensor) -> None:
+    def _keep(self, guide: Tensor) -> Tensor:
         self._cache.settle((guide,), self._layers)
         self._cache.put(self.key, (guide,))
+        return guide
 
 
 def cross_modules(model: nn.Module, name: str) -> list[Any]:

@@ -82,6 +82,7 @@ class DualPath:
         self._layers = 0
         self._keys: dict[int, set[int]] = {}
         self._running: int | None = None
+        self._recording = False
 
     @contextmanager
     def entered(self, models: dict[str, Part]) -> Iterator[None]:
@@ -118,7 +119,10 @@ class DualPath:
     def _hook(self, model: nn.Module, family: Any, stack: ExitStack) -> None:
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             arguments = arguments_by_name(module, args, kwargs)
-            self.turn = self.decide(module, batch_of(arguments))
+            if self._recording:
+                self.turn = Turn("record", batch_of(arguments))
+            else:
+                self.turn = self._begun(module, arguments)
             if self.turn.kind == "guide":
                 arguments = self.turn.extended(arguments)
             if family.site is None:
@@ -143,6 +147,26 @@ class DualPath:
         hook = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
         stack.callback(hook.remove)
         stack.callback(model.register_forward_hook(after).remove)
+
+    def _begun(self, module: nn.Module, arguments: dict[str, Any]) -> Turn:
+        """The turn of a forward; a guide that can be kept has gone through the model by then.
+
+        Alone it needs the memory of one branch, and both together take as long as one after the
+        other.
+        """
+        turn = self.decide(module, batch_of(arguments))
+        if turn.kind != "guide" or self.ways.mode != "cache" or not self.cache.keeps:
+            return turn
+        self._recording = True
+        try:
+            module(**turn.guides(arguments))
+        finally:
+            self._recording = False
+        return turn._replace(kind="reuse") if self._kept(module) else turn
+
+    def _kept(self, model: nn.Module) -> bool:
+        """Whether every layer's guide is there."""
+        return all(self.cache.holds(key) for key in self._keys[id(model)])
 
     def _look(self, module: nn.Module, family: Any, arguments: dict[str, Any]) -> None:
         found = family.read(module, arguments)
@@ -171,9 +195,7 @@ class DualPath:
             first = rows // 2 if self._batched() and self.clock.branch != "cond" else 0
             step = self.clock.step or 0
             fresh = step % self.ways.interval == 0
-            # the last layer to be kept tells that a whole guide pass is there
-            kept = all(self.cache.holds(k) for k in self._keys[key])
-            kind = "guide" if fresh or not kept else "reuse"
+            kind = "guide" if fresh or not self._kept(model) else "reuse"
         self._count(f"{kind} passes")
         return Turn(kind, rows, first)
 
@@ -214,7 +236,7 @@ class DualPath:
             raise ValueError("windows know no attention mask over the latent grid")
         turn = self.turn
         assert turn is not None
-        if plan.full:
+        if plan.full or turn.kind == "record":
             return attend(query, key, value, None)
         rows = slice(0, turn.rows)
         if plan.single:
@@ -240,9 +262,11 @@ class DualPath:
         if turn.kind == "reuse":
             out, lse = self.cache.get(key, call.query.device)
             return windowed_rows(turn, call, window, (out, lse))
-        guide = slice(turn.rows, turn.batch)
+        guide = slice(turn.rows if turn.kind == "guide" else 0, turn.batch)
         said = call.text(guide)
         if self.ways.mode == "cache":
             self.cache.settle(said, self._layers)
             self.cache.put(key, said)
+        if turn.kind == "record":
+            return call.dense(guide)
         return torch.cat([windowed_rows(turn, call, window, said), call.dense(guide)])

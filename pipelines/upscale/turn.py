@@ -1,6 +1,7 @@
 """Turn: what the running forward of a denoiser does with each row of its batch."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ _WITHOUT_BATCH = ("img_ids", "txt_ids", "image_rotary_emb", "rope_interpolation_
 
 
 class Turn(NamedTuple):
-    """kind: "window" (windows alone), "guide" (both branches), "reuse" (windows, guide as kept).
+    """kind: "window" (windows alone), "guide" (both branches), "record" (the guide alone, to be
+    kept), "reuse" (windows, guide as kept).
 
     rows: rows that the pipeline asked for. first: rows from here on are guided. On a guide turn
     the batch is [rows of the window branch, then one guide row for each guided one].
@@ -31,17 +33,24 @@ class Turn(NamedTuple):
 
     def extended(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a forward with the guide rows behind the rows that were asked for."""
-        return {name: value if name in _WITHOUT_BATCH else self._extended(value)
-                for name, value in arguments.items()}
+        return self._each(arguments, lambda x: torch.cat([x, x[self.first :]]))
 
-    def _extended(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.rows:
-            return torch.cat([value, value[self.first :]])
-        if isinstance(value, dict):
-            return self.extended(value)
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._extended(item) for item in value)
-        return value
+    def guides(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a forward of the guide rows alone."""
+        return self._each(arguments, lambda x: x[self.first :])
+
+    def _each(self, arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Any:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.rows:
+                return change(value)
+            if isinstance(value, dict):
+                return self._each(value, change)
+            if isinstance(value, (list, tuple)):
+                return type(value)(changed(item) for item in value)
+            return value
+
+        return {name: value if name in _WITHOUT_BATCH else changed(value)
+                for name, value in arguments.items()}
 
     def own(self, value: Any) -> Any:
         """The rows of a tensor that compute text attention themselves, out of the whole batch."""
