@@ -220,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "architectures-hunyuan": ("architectures_hunyuan_cuda.json", _architectures),
     "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
     "architectures": ("architectures_cuda.json", _architectures),
+    "architectures-compiled": ("architectures_cuda_compiled.json", _architectures),
     "staged": ("staged_tiny-video_picture_cpu.json", staged),
     "staged-pictures": ("staged_tiny-video_picture_cuda.json", staged),
     "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
