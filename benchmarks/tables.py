@@ -201,6 +201,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "cpu-attention": ("cpu_attention.json", _told(kernel_tables.cpu_attention, _rounds)),
     "batch": ("batch-cpu.json", batch),
     "batch-workers": ("batch-workers-cpu.json", batch_workers),
+    "batch-workers-cuda": ("batch-workers-cuda.json", batch_workers),
     "ability": ("tiny_video_ability.json", _ability),
     "image-ability": ("tiny_image_ability.json", _ability),
     "unet-ability": ("tiny_unet_ability.json", _ability),
