@@ -222,7 +222,6 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
     "architectures": ("architectures_cuda.json", _architectures),
     "architectures-compiled": ("architectures_cuda_compiled.json", _architectures),
-    "staged": ("staged_tiny-video_picture_cpu.json", staged),
     "staged-pictures": ("staged_tiny-video_picture_cuda.json", staged),
     "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
     "staged-images": ("staged_tiny-image_picture_cuda.json", staged),
