@@ -14,11 +14,12 @@ import freeswim_tables
 import kernel_tables
 import method_tables
 import model_tables
+import token_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
-         "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/static-policies.md",
+         "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/tokens.md", "docs/static-policies.md",
          "docs/comparison.md", "docs/gallery.md", "docs/attention-mass.md", "docs/training.md",
          *(f"fastdiff/models/tiny-{name}/README.md" for name in ("image", "unet", "video")))
 
@@ -231,6 +232,11 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "freeswim": ("freeswim_cuda.json", freeswim),
     "freeswim-gpu": ("freeswim_gpu_cuda.json", freeswim_gpu),
     "staged-loop": ("staged_loop_cuda.json", staged_loop),
+    "tokens-time": ("tokens_cuda.json", _told(token_tables.times, _rounds)),
+    "tokens-overhead": ("tokens_cuda.json", _told(
+        token_tables.overhead, lambda result: "median of 20, one block at a time, float16")),
+    "tokens-quality": ("tokens_quality_tiny-unet_cuda.json", _told(
+        token_tables.quality, lambda result: f"{result['settings']['prompts']} prompts")),
 }
 
 

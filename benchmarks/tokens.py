@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def runs(studio: Studio, args: argparse.Namespace, rows: dict[str, tuple[Method,
 
 @torch.no_grad()
 def compare(studio: Studio, args: argparse.Namespace, scenes: list[Any],
-            rows: dict[str, tuple[Method, ...]]) -> list[dict[str, Any]]:
+            rows: dict[str, tuple[Method, ...]], save: Callable[[list[dict]], None]
+            ) -> list[dict[str, Any]]:
     prompts = [plain_caption(scene) for scene in scenes]
     judge, found, stock = Evaluator(studio.device), [], None
     for name, methods, changes in runs(studio, args, rows):
@@ -147,6 +149,8 @@ def compare(studio: Studio, args: argparse.Namespace, scenes: list[Any],
         found.append({"variant": name, **changes, "seconds": record.spread(seconds)["seconds"],
                       **{k: mean_ci([one[k] for one in near]) for k in near[0]},
                       "control": figures, **told})
+        # a run that is cut short leaves what it has
+        save(found)
         print(f"{name:<32} {found[-1]['seconds'] * 1e3:8.1f} ms  psnr "
               f"{found[-1]['psnr']['mean']:6.2f}  ssim {found[-1]['ssim']['mean']:.4f}  object "
               f"{figures['object']:.3f}  colour {figures['colour']:.3f}", flush=True)
@@ -192,12 +196,12 @@ def main() -> None:
     call = {name: value for name, value in call.items() if value is not None}
     studio = Studio(pipe, call, device)
     scenes = held_out_scenes(args.prompts, clip=studio.wan)
-    rows = compare(studio, args, scenes, rows_of(pipe, args.linfusion))
     name = Path(args.model).name
     settings = {"model": name, "call": call, "prompts": args.prompts, "batch": args.batch,
                 "dtype": args.dtype, "tiny": args.tiny}
     path = args.output / f"tokens_quality_{name}_{device}.json"
-    record.write(path, "tokens quality", device, settings, rows)
+    compare(studio, args, scenes, rows_of(pipe, args.linfusion),
+            lambda rows: record.write(path, "tokens quality", device, settings, rows))
     print(path)
 
 

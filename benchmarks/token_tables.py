@@ -1,0 +1,38 @@
+"""Tables of benchmarks/tokens_gpu.py and benchmarks/tokens.py, for tables.py."""
+
+Row = dict
+Table = tuple[list[str], list[list[str]]]
+
+
+def times(result: Row) -> Table:
+    """One row a model, size and variant: one forward, its spread, and what it gains."""
+    rows = []
+    for row in result["rows"]:
+        where = (f"{row['model']}, {row['edge']} px, {row['dtype'].removeprefix('torch.')}"
+                 if "edge" in row else
+                 f"{row['model']} ({row['layers']} of {row['of_layers']} layers)")
+        rows.append([where, row["variant"], f"{row['seconds'] * 1e3:.0f}",
+                     f"{row['p20'] * 1e3:.0f} to {row['p80'] * 1e3:.0f}",
+                     f"{row['speedup']:.2f}x", row["against"]])
+    return ["what", "variant", "ms a forward", "p20 to p80", "gain", "over"], rows
+
+
+def overhead(result: Row) -> Table:
+    """What ranking, gathering and recovering cost, a block, in half precision."""
+    rows = [[f"{row['edge']} px", row["layout"], f"{row['tokens']:,}", f"{row['kept']:,}",
+             str(row["blocks"]), row["part"], f"{row['seconds'] * 1e6:.0f}",
+             f"{row['p20'] * 1e6:.0f} to {row['p80'] * 1e6:.0f}"]
+            for row in result["settings"]["overhead"] if row["dtype"] == "torch.float16"]
+    return ["picture", "layout", "tokens", "kept", "blocks", "part", "us a block",
+            "p20 to p80"], rows
+
+
+def quality(result: Row) -> Table:
+    """Likeness to stock and prompt control, one row a variant."""
+    rows = [[row["variant"], f"{row['seconds']:.2f}",
+             f"{row['psnr']['mean']:.1f} ± {row['psnr']['ci95']:.1f}",
+             f"{row['ssim']['mean']:.3f}",
+             *(f"{row['control'][k]:.2f}" for k in ("object", "colour", "pattern"))]
+            for row in result["rows"]]
+    return ["variant", "s a picture", "PSNR to stock, dB", "SSIM", "object", "colour",
+            "pattern"], rows
