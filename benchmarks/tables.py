@@ -19,7 +19,8 @@ import token_tables
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
-         "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/tokens.md", "docs/static-policies.md",
+         "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/tokens.md",
+         "docs/static-policies.md",
          "docs/comparison.md", "docs/gallery.md", "docs/attention-mass.md", "docs/training.md",
          *(f"fastdiff/models/tiny-{name}/README.md" for name in ("image", "unet", "video")))
 
