@@ -234,8 +234,10 @@ def test_kernels_is_no_top_level_package():
         origin = done.stdout.strip()
         assert not origin or origin.startswith(sysconfig.get_paths()["purelib"])
     spec = importlib.util.find_spec("kernels")
-    # a folder without __init__ yields to a real package anywhere on the path
-    assert spec is None or spec.origin is None or "site-packages" in spec.origin
+    # a folder without __init__ yields to a real package anywhere on the path, and to a module such
+    # as benchmarks/kernels.py, which tests of the benchmarks put there
+    ours = str(ROOT / "kernels") + os.sep
+    assert spec is None or spec.origin is None or not spec.origin.startswith(ours)
 
 
 def test_packages_are_all_listed():
