@@ -12,6 +12,7 @@ from fastdiff.method import Host, Method, check
 from fastdiff.pipelines.families.base import Size, Staging
 from fastdiff.pipelines.staged.accept import (
     check_changeable,
+    check_no_schedule,
     check_scheduler,
     check_whole,
     condition_of,
@@ -37,8 +38,6 @@ from fastdiff.scheduler import CLOCK
 __all__ = ["BottleneckSampling", "Stage"]
 
 NOISES = ("fresh", "correlated")
-# arguments of a call that bring a schedule of their own
-_OWN_SCHEDULES = ("timesteps", "sigmas", "denoising_end")
 
 
 @dataclass(frozen=True)
@@ -170,10 +169,8 @@ class _Start:
         steps = asked["num_inference_steps"]
         asked_spans = spans(stages, chosen.transition, steps)
         own = (len(stages) == 1 and asked_spans[0].native and asked_spans[0].steps == steps)
-        given = [name for name in _OWN_SCHEDULES if asked.get(name) is not None]
-        if given and not own:
-            raise ValueError(f"{given[0]}= brings a schedule of its own, and so do stages: leave "
-                             f"{given[0]} out, or disable_fastdiff()")
+        if not own:
+            check_no_schedule(asked, "do stages")
         condition = None if own else condition_of(self.staging, self.pipe)
         if condition is not None:
             condition.check(self.pipe, asked)

@@ -7,6 +7,9 @@ from fastdiff.pipelines.families.base import Condition, Size, Staging
 from fastdiff.pipelines.staged.noise import kind_of
 from fastdiff.pipelines.staged.stages import Preset
 
+# arguments of a call that bring a schedule of their own
+_OWN_SCHEDULES = ("timesteps", "sigmas", "denoising_end")
+
 
 def staging_of(host: Host) -> Staging:
     """The family's data for this pipeline; a ValueError says why there is none."""
@@ -42,6 +45,14 @@ def check_scheduler(scheduler: Any, chosen: Preset) -> str:
                          "steps by a fixed stride: use restart or continue, or a scheduler with "
                          "sigmas such as DPMSolverMultistepScheduler")
     return kind
+
+
+def check_no_schedule(asked: dict[str, Any], other: str) -> None:
+    """Refuse arguments of a call that bring a schedule. other: what brings one too, "does X"."""
+    given = [name for name in _OWN_SCHEDULES if asked.get(name) is not None]
+    if given:
+        raise ValueError(f"{given[0]}= brings a schedule of its own, and so {other}: leave "
+                         f"{given[0]} out, or disable_fastdiff()")
 
 
 def check_changeable(host: Host, staging: Staging, chosen: Preset) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.method import Host, Part
 from fastdiff.pipelines.families.base import Size
+from fastdiff.pipelines.staged.accept import check_no_schedule
 from fastdiff.pipelines.staged.call import AROUND, attributes
 from fastdiff.pipelines.staged.stand_in import stand_in
 from fastdiff.pipelines.upscale import schedule
@@ -23,8 +24,6 @@ from fastdiff.scheduler import CLOCK, arm_scheduler, armed
 
 # on a pipeline: frames [B, F, 3, H, W] in 0..1 that take the place of stage one
 CLIP = "_fastdiff_clip"
-# arguments of a call that bring a schedule of their own
-_OWN_SCHEDULES = ("timesteps", "sigmas", "denoising_end")
 
 
 class Settings(Protocol):
@@ -94,10 +93,7 @@ class Upscale:
             stack.push(lambda kind, *_: folder.finish() if kind is None else None)
 
     def _check(self, asked: dict[str, Any]) -> None:
-        given = [name for name in _OWN_SCHEDULES if asked.get(name) is not None]
-        if given:
-            raise ValueError(f"{given[0]}= brings a schedule of its own, and so does freeswim: "
-                             f"leave {given[0]} out, or disable_fastdiff()")
+        check_no_schedule(asked, f"does {self.method.name}")
         for name, part in self.models.items():
             model: Any = part.model
             if getattr(model, "is_cache_enabled", False):
