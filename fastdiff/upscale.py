@@ -1,6 +1,7 @@
 """upscale_video: one call of a pipeline at a size that its model was not trained for."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from fastdiff.pipelines.freeswim import FreeSwim
 from fastdiff.pipelines.staged.call import attributes
 from fastdiff.pipelines.upscale.call import CLIP
 
-# knobs of FreeSwim that are no arguments of a pipeline's call
-_KNOBS = ("target", "mode", "interval", "strength", "shift", "scale_mult", "slide", "cache",
-          "folder")
+# knobs of FreeSwim besides the target: no arguments of a pipeline's call
+_KNOBS = tuple(knob.name for knob in fields(FreeSwim) if knob.name != "target")
 
 
 def upscale_video(
