@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from . import packed
+
 __all__ = ["Defaults", "Model", "defaults", "find", "load", "shipped"]
 
 HOME = Path(__file__).parent
@@ -165,9 +167,7 @@ def _own_parts(folder: Path, dtype: Any) -> dict[str, Any]:
         if not isinstance(about, list) or about[0] is None:
             continue
         home = HOME / lent[name] / name if name in lent else folder / name
-        if name in lent or any(home.glob("*.int8.safetensors")):
-            from . import packed
-
+        if name in lent or any(home.glob("*" + packed.ENDING)):
             kind = getattr(import_module(about[0]), about[1])
             part = packed.load_part(home, kind, dtype)
             found[name] = part if part is not None else kind.from_pretrained(
