@@ -333,6 +333,9 @@ def test_rows_of_a_turn():
     reuse = Turn("reuse", rows=4, first=2)
     assert reuse.own(x).tolist() == [0, 1]
     assert reuse.spread(x[:2], x[2:]).tolist() == [0, 1, 2, 3]
+    record = Turn("record", rows=4)
+    assert record.own((x, None, 3)) == (x, None, 3)
+    assert record.spread(x[:0], x) is x
 
 
 @pytest.mark.parametrize("place", ["device-8-bit", "host-8-bit"])

@@ -50,14 +50,14 @@ class Cross:
         with attributes(self.module, forward=forward):
             yield
 
-    def _overridden(self, turn: Turn, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if turn.kind == "record":
-            return self._keep(stock(*args, **kwargs))
+    def _overridden(
+        self, turn: Turn, compute: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """What `compute` makes of all rows, with the guide's result in those that are guided."""
         out = None
         hidden = args[0] if args else kwargs["hidden_states"]
-        if turn.kind == "guide" or turn.first:
-            out = stock(*(turn.own(x) for x in args),
-                        **{name: turn.own(x) for name, x in kwargs.items()})
+        if turn.kind != "reuse" or turn.first:
+            out = compute(*turn.own(args), **{name: turn.own(x) for name, x in kwargs.items()})
         if turn.kind == "reuse":
             (guide,) = self._cache.get(self.key, hidden.device)
         else:
@@ -74,17 +74,7 @@ class Cross:
         self._call += 1
         if turn is None or turn.kind == "window" or self._call == 1:
             return attend(query, key, value, mask)
-        if turn.kind == "record":
-            return self._keep(attend(query, key, value, mask))
-        found = None
-        if turn.kind == "guide" or turn.first:
-            found = attend(*(turn.own(x) for x in (query, key, value)), turn.own(mask))
-        if turn.kind == "reuse":
-            (guide,) = self._cache.get(self.key, query.device)
-        else:
-            assert found is not None
-            guide = self._keep(found[turn.first :])
-        return turn.spread(None if found is None else found[: turn.first], guide)
+        return self._overridden(turn, attend, (query, key, value, mask), {})
 
     def _keep(self, guide: Tensor) -> Tensor:
         self._cache.settle((guide,), self._layers)

@@ -54,6 +54,8 @@ class Turn(NamedTuple):
 
     def own(self, value: Any) -> Any:
         """The rows of a tensor that compute text attention themselves, out of the whole batch."""
+        if self.kind == "record":
+            return value
         if isinstance(value, (list, tuple)):
             return type(value)(self.own(item) for item in value)
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != self.batch:
