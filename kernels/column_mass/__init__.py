@@ -34,6 +34,11 @@ def column_mass(
         None weighs all the same, 1 / Sq.
     returns: float32 [B, H, Sk] (float64 for float64 input). Its exponentials sum to the sum of s.
 
+    Range: the Triton kernel sums probabilities times weights, over the largest weight of their
+    head, without a running maximum. Each is at most 1 when `lse` is right. Terms below 2^-190 do
+    not count, so a key that receives less than that of every query has mass -inf there; above it
+    the result is as exact as elsewhere.
+
     Attention with the roles of queries and keys exchanged and no values: half the products of one
     attention forward. Source: the page rank of AT-EDM (arXiv 2405.05252) and Zero-TPrune
     (arXiv 2305.17328), computed from the denominators that an attention forward already knows.
@@ -42,10 +47,8 @@ def column_mass(
     scale = _scale(scale, query)
     module = _choose(impl, query.device, query.dtype, query.shape[-1])
     if lse is None:
-        lse = module.run(key, query, None, scale=scale)
-    uniform = -math.log(query.shape[1])
-    bias = (uniform if log_weight is None else log_weight) - lse
-    return module.run(query, key, bias, scale=scale)
+        lse = module.row_lse(query, key, scale=scale)
+    return module.column_mass(query, key, lse, log_weight, scale=scale)
 
 
 def row_lse(
@@ -54,7 +57,7 @@ def row_lse(
     """Log of the softmax denominator of every query, [B, H, Sq]; shapes as in `column_mass`."""
     _check(query, key, None, None)
     module = _choose(impl, query.device, query.dtype, query.shape[-1])
-    return module.run(key, query, None, scale=_scale(scale, query))
+    return module.row_lse(query, key, scale=_scale(scale, query))
 
 
 def implementations(

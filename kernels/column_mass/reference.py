@@ -1,6 +1,8 @@
-"""The meaning of column mass: a logsumexp down the columns of the score matrix."""
+"""The meaning of column mass: a logsumexp along the rows of the score matrix, one down its columns."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,16 +13,20 @@ def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: in
     return []
 
 
-def run(query: Tensor, key: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
-    """log sum_i exp(scale * query_i . key_j + bias_i), [B, H, Sk].
+def row_lse(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
+    """log sum_j exp(scale * query_i . key_j), [B, H, Sq]."""
+    return _scores(query, key, scale).logsumexp(3)
 
-    The two sides may have fewer heads than each other: the smaller count divides the larger, H.
-    """
+
+def column_mass(
+    query: Tensor, key: Tensor, lse: Tensor, log_weight: Tensor | None, *, scale: float
+) -> Tensor:
+    """log sum_i exp(scale * query_i . key_j - lse_i + log_weight_i), [B, H, Sk]."""
+    weight = -math.log(query.shape[1]) if log_weight is None else log_weight[..., None]
+    return (_scores(query, key, scale) - lse[..., None] + weight).logsumexp(2)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     precision = torch.promote_types(query.dtype, torch.float32)
     q, k = query.to(precision).transpose(1, 2), key.to(precision).transpose(1, 2)
-    heads = max(q.shape[1], k.shape[1])
-    q, k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (q, k))
-    scores = q @ k.mT * scale
-    if bias is not None:
-        scores = scores + bias[..., None]
-    return scores.logsumexp(2)
+    return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale

@@ -126,7 +126,9 @@ from attention_cases import poisoned
 from test_column_mass import case
 from fastdiff.kernels.column_mass import column_mass
 device = "cuda" if torch.cuda.is_available() else "cpu"
-sizes = [(37, 50, 4, 2, 24), (130, 65, 2, 2, 64), (20, 140, 2, 1, 72), (17, 16, 1, 1, 160)]
+# whole tiles alone, whole and a rest, a rest alone, on either side
+sizes = [(37, 50, 4, 2, 24), (128, 256, 2, 2, 64), (20, 140, 2, 1, 72), (17, 16, 1, 1, 160),
+         (130, 129, 2, 1, 64)]
 if device == "cuda":
     sizes += [(4096, 4096, 10, 10, 64), (1000, 3001, 8, 2, 128)]
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -144,6 +146,27 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 q, k = (x.to(device) for x in case(dim=24))
 nothing = torch.full((2, 4, 37), -torch.inf, device=device)
 assert (column_mass(q, k, None, nothing, impl="triton") == -torch.inf).all()
+# one head left out, weights far from 1 in the others: only their ratios could be lost
+w = torch.randn(2, 4, 37, device=device)
+far = w + torch.tensor([0.0, 500.0, -500.0, -torch.inf], device=device)[:, None]
+found = column_mass(q, k, None, far, impl="triton")
+near = column_mass(q, k, None, w, impl="triton")
+assert (found[:, 0] == near[:, 0]).all() and (found[:, 3] == -torch.inf).all()
+assert (found[:, 1] - 500 - near[:, 1]).abs().max() < 1e-4
+assert (found[:, 2] + 500 - near[:, 2]).abs().max() < 1e-4
+# the range: scores of 0, -180 and -400 powers of two; 2^-180 counts and 2^-400 does not
+q = torch.zeros(1, 40, 1, 16, device=device)
+q[..., 0] = 1
+k = torch.zeros(1, 3, 1, 16, device=device)
+k[0, :, 0, 0] = torch.tensor([0.0, -180.0, -400.0])
+log2 = 0.6931471805599453
+for weight in (None, torch.full((1, 1, 40), 30.0, device=device)):
+    found = column_mass(q, k, None, weight, scale=log2, impl="triton").flatten().tolist()
+    over = 0.0 if weight is None else 30 + 3.6888794541139363
+    assert abs(found[0] - over) < 2e-5, found
+    assert abs(found[1] - over + 180 * log2) < 1e-4 and found[2] == -torch.inf, found
+    wanted = column_mass(q, k, None, weight, scale=log2, impl="torch").flatten().tolist()
+    assert abs(wanted[2] - over + 400 * log2) < 1e-3
 print("all right")
 """
 
