@@ -1,4 +1,4 @@
-"""The meaning of column mass: a logsumexp along the rows of the score matrix, one down its columns."""
+"""The meaning of column mass: logsumexp of the score matrix along its rows, or down its columns."""
 
 from __future__ import annotations
 
