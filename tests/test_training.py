@@ -5,6 +5,7 @@
 
 import random
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
+from fastdiff import models  # noqa: E402
 from training import (  # noqa: E402
     captions,
     data,
@@ -22,6 +24,7 @@ from training import (  # noqa: E402
     joint,
     lean_codec,
     text,
+    unet_models,
 )
 from training.autoencoder import FullSequence, build_autoencoder  # noqa: E402
 
@@ -107,6 +110,22 @@ def test_tokenizer_covers_captions_in_few_tokens_and_any_text():
     back = str(tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True))
     assert back.strip() == odd.lower()
     assert tokenizer("")["input_ids"] == [text.EOS]
+
+
+def test_an_exported_run_is_a_pipeline_of_its_average_weights(tmp_path):
+    config = tomllib.loads((Path(unet_models.__file__).parent / "tiny_unet_test.toml").read_text())
+    run = unet_models.UNetState(config, torch.device("cpu"))
+    for value in run.average.values:
+        value.add_(0.125)
+    sizes = unet_models.export_unet(run, tmp_path)
+    assert sizes["total"] == pytest.approx(sum(sizes.values()) - sizes["total"], abs=0.01)
+    pipe = models.load(tmp_path, dtype=torch.float32)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert pipe.tokenizer.model_max_length == text.TOKENS
+    kept = dict(pipe.unet.named_parameters())
+    for name, value in run.average.state_dict().items():
+        assert torch.equal(kept[name], value.bfloat16().float()), name
+    assert models.defaults(tmp_path).call == {"guidance_rescale": 0.7}
 
 
 @pytest.mark.parametrize("padded", [32, 226])

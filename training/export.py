@@ -3,14 +3,13 @@
 import argparse
 import json
 import tomllib
-from copy import deepcopy
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from .state import State, folder_sizes
+from .folder import write_folder
+from .state import State
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
@@ -27,17 +26,14 @@ def build_scheduler() -> UniPCMultistepScheduler:
 
 def export(state: State, folder: Path) -> dict[str, float]:
     """Save every part; returns the sizes in megabytes."""
-    transformer = deepcopy(state.denoiser)
-    transformer.load_state_dict(state.average.state_dict(), strict=False)
-    parts = {"transformer": transformer, "vae": state.vae, "text_encoder": state.text}
-    for name, module in parts.items():
-        copy = deepcopy(module).to("cpu", torch.bfloat16)
-        copy.save_pretrained(folder / name, safe_serialization=True)
-    state.tokenizer.save_pretrained(folder / "tokenizer")
-    build_scheduler().save_pretrained(folder / "scheduler")
+    parts = {
+        "transformer": state.averaged(),
+        "vae": state.vae,
+        "text_encoder": state.text,
+        "tokenizer": state.tokenizer,
+        "scheduler": build_scheduler(),
+    }
     index = {
-        "_class_name": "WanPipeline",
-        "_diffusers_version": diffusers.__version__,
         "boundary_ratio": None,
         "expand_timesteps": False,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -47,8 +43,7 @@ def export(state: State, folder: Path) -> dict[str, float]:
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return folder_sizes(folder)
+    return write_folder(folder, "WanPipeline", index, parts)
 
 
 def main() -> None:

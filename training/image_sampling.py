@@ -1,7 +1,6 @@
 """Samples of `tiny-image`: quick ones with the average weights, and the genuine pipeline."""
 
 import time
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,7 @@ def judge_pictures(state: ImageState, frames: Tensor, scenes: list[Scene]) -> di
 def quick_samples(state: ImageState, scenes: list[Scene], edge: int, part: int = 60) -> Tensor:
     """Frames [B, 3, edge, edge] by Euler steps with guidance, from the average weights."""
     device, settings = state.device, state.config["evaluation"]
-    model = deepcopy(state.denoiser).eval()
-    model.load_state_dict(state.average.state_dict(), strict=False)
-    joint, cells, out = LeanJoint(model), edge // 8, []
+    joint, cells, out = LeanJoint(state.averaged()), edge // 8, []
     ids, _ = tokenize(state.tokenizer, [*map(plain_caption, scenes), ""], device)
     hidden, pooled = encode_prompts(state.text, state.clip, ids)
     generator = torch.Generator(device).manual_seed(0)

@@ -1,22 +1,20 @@
 """All models of a `tiny-image` run with their records, and the genuine `FluxPipeline` folder."""
 
-import json
 import math
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from .folder import of_length, write_folder
 from .image_models import build_codec, build_joint, build_prompt_encoders
 from .judge import load_judge
 from .optim import Average, Optimizer
-from .state import State, folder_sizes
+from .state import State
 from .text import TOKENS, build_tokenizer, wrap_tokenizer
 
 SHIFT_AT_256, SHIFT_AT_4096 = 2.0, 6.0
@@ -90,25 +88,16 @@ def shift_of(tokens: int) -> float:
 
 def export_image(state: ImageState, folder: Path) -> dict[str, float]:
     """Save every part in bf16; returns the sizes in megabytes."""
-    transformer = deepcopy(state.denoiser)
-    transformer.load_state_dict(state.average.state_dict(), strict=False)
     parts = {
-        "transformer": transformer,
+        "transformer": state.averaged(),
         "vae": state.vae,
         "text_encoder": state.clip,
         "text_encoder_2": state.text,
+        "tokenizer": of_length(state.tokenizer, TOKENS),
+        "tokenizer_2": of_length(state.tokenizer, 512),
+        "scheduler": build_image_scheduler(),
     }
-    for name, module in parts.items():
-        copy = deepcopy(module).to("cpu", torch.bfloat16)
-        copy.save_pretrained(folder / name, safe_serialization=True)
-    for name, length in (("tokenizer", TOKENS), ("tokenizer_2", 512)):
-        tokenizer = deepcopy(state.tokenizer)
-        tokenizer.model_max_length = length
-        tokenizer.save_pretrained(folder / name)
-    build_image_scheduler().save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "FluxPipeline",
-        "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -119,9 +108,7 @@ def export_image(state: ImageState, folder: Path) -> dict[str, float]:
         "transformer": ["diffusers", "FluxTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "fastdiff.json").write_text(json.dumps(image_defaults(state.config), indent=2) + "\n")
-    return folder_sizes(folder)
+    return write_folder(folder, "FluxPipeline", index, parts, image_defaults(state.config))
 
 
 def image_defaults(config: dict) -> dict[str, Any]:

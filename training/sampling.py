@@ -1,7 +1,6 @@
 """Quick Euler samples with the lean denoiser and the average weights, for checks."""
 
 import random
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -32,13 +31,6 @@ def held_out_scenes(n: int, clip: bool, seed: int = 1234) -> list[Scene]:
     return scenes
 
 
-def averaged(state: State) -> LeanDenoiser:
-    """A copy of the denoiser with the average weights."""
-    model = deepcopy(state.denoiser).eval()
-    model.load_state_dict(state.average.state_dict(), strict=False)
-    return LeanDenoiser(model)
-
-
 @torch.no_grad()
 def sample(
     state: State, scenes: list[Scene], frames: int, steps: int, guidance: float, part: int
@@ -46,7 +38,7 @@ def sample(
     """Frames [B, T, 3, E, E] in [-1, 1] for the canonical captions of `scenes`."""
     device = state.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    denoiser, model = averaged(state), FullSequence(state.vae)
+    denoiser, model = LeanDenoiser(state.averaged()), FullSequence(state.vae)
     ids, mask = tokenize(state.tokenizer, [*map(plain_caption, scenes), ""], device)
     text, lengths = encode_captions(state.text, ids, mask)
     mean, std = state.latent_statistics()

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ class State:
 
     def stage(self, name: str) -> dict[str, Any]:
         return self.record["stages"].setdefault(name, {"spent": 0.0, "steps": 0, "done": False})
+
+    def averaged(self) -> Any:
+        """A copy of the denoiser with the average weights, in evaluation mode."""
+        model = deepcopy(self.denoiser).eval()
+        model.load_state_dict(self.average.state_dict(), strict=False)
+        return model
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents, each [16, 1, 1, 1]."""

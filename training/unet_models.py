@@ -1,20 +1,18 @@
 """The parts of `tiny-unet` in their genuine classes, its state, and the pipeline folder."""
 
-import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .folder import of_length, write_folder
 from .image_models import CHANNELS, build_codec
 from .image_state import load_part
 from .optim import Average, Optimizer
-from .state import State, folder_sizes
+from .state import State
 from .text import EOS, PAD, TOKENS, build_tokenizer
 
 
@@ -85,18 +83,14 @@ def noised(alphas: Tensor, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def export_unet(state: UNetState, folder: Path) -> dict[str, float]:
     """Save every part in bf16 as a StableDiffusionPipeline; returns the sizes in megabytes."""
-    unet = deepcopy(state.denoiser)
-    unet.load_state_dict(state.average.state_dict(), strict=False)
-    for name, module in (("unet", unet), ("vae", state.vae), ("text_encoder", state.text)):
-        copy = deepcopy(module).to("cpu", torch.bfloat16)
-        copy.save_pretrained(folder / name, safe_serialization=True)
-    tokenizer = deepcopy(state.tokenizer)
-    tokenizer.model_max_length = TOKENS
-    tokenizer.save_pretrained(folder / "tokenizer")
-    build_noise().save_pretrained(folder / "scheduler")
+    parts = {
+        "unet": state.averaged(),
+        "vae": state.vae,
+        "text_encoder": state.text,
+        "tokenizer": of_length(state.tokenizer, TOKENS),
+        "scheduler": build_noise(),
+    }
     index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -107,9 +101,8 @@ def export_unet(state: UNetState, folder: Path) -> dict[str, float]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "fastdiff.json").write_text(json.dumps(unet_defaults(state.config), indent=2) + "\n")
-    return folder_sizes(folder)
+    defaults = unet_defaults(state.config)
+    return write_folder(folder, "StableDiffusionPipeline", index, parts, defaults)
 
 
 def unet_defaults(config: dict) -> dict[str, Any]:
