@@ -1,6 +1,6 @@
-"""Draw the pictures of the README: clips and pictures of the shipped model, as they come.
+"""Draw the README's clips of the shipped model, stock above FastDiff, as they come.
 
-python benchmarks/pictures.py   # writes docs/images/
+python benchmarks/pictures.py   # writes docs/images/clips.png
 """
 
 import os
@@ -19,9 +19,6 @@ from fastdiff.models import defaults, load  # noqa: E402
 CLIPS = ("a red apple moving left on a blue background",
          "a rocket moving up on a black background",
          "a pine tree growing on a purple background")
-PICTURES = ("a sailboat on a cyan background", "a hamburger on a striped green background",
-            "a penguin at the top right on a dotted yellow background",
-            "a red car on a gray background")
 SHOWN, EDGE, CAPTION = 6, 160, 18
 
 
@@ -60,9 +57,6 @@ def save(rows: list[Image.Image], path: Path) -> None:
 def main() -> None:
     pipe = load("tiny-video", device="cpu", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    pictures = [frames(pipe, prompt, 1)[0] for prompt in PICTURES]
-    captions = ""
-    save([row(pictures, captions)], ROOT / "docs/images/pictures.png")
     rows = []
     for prompt in CLIPS:
         for name in ("stock", "FastDiff"):

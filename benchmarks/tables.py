@@ -127,13 +127,19 @@ def staged(result: dict) -> list[str]:
     return [*table(heads, rows), "", _where(result, what)]
 
 
-def staged_loop(result: dict) -> list[str]:
+def staged_loop(*results: dict) -> list[str]:
+    """Every model of all files in one table."""
     rows = [[row["case"], row["run"], f"{row['seconds']:.2f}", f"{row['speedup']:.2f}x",
              " + ".join(map(str, row["steps"])), " + ".join(map(str, row["steps_run"])),
-             ", ".join(f"{s:.3f}" for s in row["seconds_a_step"])] for row in result["rows"]]
+             ", ".join(f"{s:.3f}" for s in row["seconds_a_step"])]
+            for result in results for row in result["rows"]]
     heads = ["model", "run", "s a loop", "speed-up", "steps", "of them run", "s a step"]
-    how = result["settings"].get("how", "whole loops")
-    return [*table(heads, rows), "", _where(result, f"random weights, one prompt; {how}")]
+    notes = []
+    for result in results:
+        cases = " and ".join(dict.fromkeys(row["case"] for row in result["rows"]))
+        how = result["settings"].get("how", "whole loops")
+        notes.append(_where(result, f"{cases}: random weights, one prompt; {how}"))
+    return [*table(heads, rows), "", *notes]
 
 
 def mask_maps(result: dict) -> list[str]:
@@ -190,7 +196,8 @@ _methods = _told(method_tables.methods, method_tables.methods_note)
 _architectures = _told(method_tables.architectures, _rounds)
 _cases = _told(kernel_tables.kernel_cases,
                lambda _: "random sizes, strides, lists, ragged blocks and tails")
-TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
+# files of a table, more than one apart by spaces, and what makes it of them
+TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "quality": ("tiny_video_quality_cuda.json", quality),
     "forward-cpu": ("tiny_video_forward_cpu.json", forward),
     "forward-cuda": ("tiny_video_forward_cuda.json", forward),
@@ -219,6 +226,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "methods-reading-0.1": ("methods_tiny_video_cuda_0.1.json", method_tables.reading),
     "methods-0.1": ("methods_tiny_video_cuda_0.1.json", _methods),
     "architectures-reading": ("architectures_cuda.json", method_tables.speed_reading),
+    "architectures-reading-0.25": ("architectures_cuda_0.25.json", method_tables.speed_reading),
     "hunyuan-reading": ("architectures_hunyuan_cuda.json", method_tables.speed_reading),
     "architectures-hunyuan": ("architectures_hunyuan_cuda.json", _architectures),
     "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
@@ -232,7 +240,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "finetune": ("finetune_cpu_tiny.json", finetune),
     "freeswim": ("freeswim_cuda.json", freeswim),
     "freeswim-gpu": ("freeswim_gpu_cuda.json", freeswim_gpu),
-    "staged-loop": ("staged_loop_cuda.json", staged_loop),
+    "staged-loop": ("staged_loop_cuda.json staged_loop_2048_cuda.json", staged_loop),
     "tokens-time": ("tokens_cuda.json", _told(token_tables.times, _rounds)),
     "tokens-overhead": ("tokens_cuda.json", _told(
         token_tables.overhead, lambda result: "median of 20, one block at a time, float16")),
@@ -246,14 +254,15 @@ def filled(text: str) -> str:
 
     A part whose result file does not exist stays as it is.
     """
-    for name, (file, make) in TABLES.items():
+    for name, (files, make) in TABLES.items():
         begin = f"<!-- table {name} -->"
-        if begin not in text or not (RESULTS / file).is_file():
+        found = [file for file in files.split() if (RESULTS / file).is_file()]
+        if begin not in text or not found:
             continue
-        result = {**json.loads((RESULTS / file).read_text()), "file": file}
+        results = [{**json.loads((RESULTS / file).read_text()), "file": file} for file in found]
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition("<!-- end -->")
-        text = "\n".join([head + begin, *make(result), "<!-- end -->"]) + tail
+        text = "\n".join([head + begin, *make(*results), "<!-- end -->"]) + tail
     return text
 
 
