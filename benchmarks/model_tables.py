@@ -50,6 +50,39 @@ def evaluator(result: Row) -> Table:
             "of clips that change their object"], rows
 
 
+def image_training(result: Row) -> Table:
+    """One row a run of tiny-image: layers, steps at its last size, and what came out."""
+    rows = []
+    for row in result["rows"]:
+        seen = row["unseen_pairs"]
+        rows.append([row["run"], row["layers"], f"{row['steps']['full']:,}",
+                     f"{row['seconds']['full']:.0f}", f"{row['steps_a_second']['full']:.1f}",
+                     f"{seen['object_top1']:.1%} of {seen['samples']}", f"{seen['pattern']:.1%}"])
+    return ["run", "layers", "steps at 512 px", "s", "steps a second", "object", "pattern"], rows
+
+
+def image_training_note(result: Row) -> str:
+    return f"unseen pairs; from {result['settings']['origin']}"
+
+
+def eight_bits(result: Row) -> Table:
+    """One row a model: what rounding does to weights and, beside bf16 arithmetic, to pictures."""
+    rows = []
+    for row in result["rows"]:
+        packed, yardstick = row["eight_bits"], row["bf16"]
+        rows.append([row["model"], f"{row['packed_weights'] / 1e6:.1f} M",
+                     f"{row['relative_error']:.2%}", str(row["pictures"]),
+                     _mean(packed["psnr"], ".1f"), _mean(packed["ssim"], ".4f"),
+                     _mean(yardstick["psnr"], ".1f"), _mean(yardstick["ssim"], ".4f")])
+    return ["model", "packed weights", "their relative error", "pictures", "eight bits: PSNR, dB",
+            "SSIM", "bf16 arithmetic: PSNR, dB", "SSIM"], rows
+
+
+def eight_bits_note(result: Row) -> str:
+    return ("against the bf16 weights in float32 arithmetic, the model's own settings, "
+            "mean ± 95 % confidence")
+
+
 def attention_mass(result: Row) -> Table:
     """By model and layer: the share that the best key tiles hold, trained and random."""
     shares = [k for k in result["rows"][0] if k.startswith("best_")]

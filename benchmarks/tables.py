@@ -214,6 +214,10 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "ability": ("tiny_video_ability.json", _ability),
     "image-ability": ("tiny_image_ability.json", _ability),
     "unet-ability": ("tiny_unet_ability.json", _ability),
+    "image-training": ("tiny_image_training.json", _told(model_tables.image_training,
+                                                         model_tables.image_training_note)),
+    "eight-bits": ("eight_bits.json", _told(model_tables.eight_bits,
+                                            model_tables.eight_bits_note)),
     "evaluator": ("evaluator.json", _told(
         model_tables.evaluator, lambda _: "renders of pairs never seen in training")),
     "attention-mass": ("attention_mass.json", _told(model_tables.attention_mass,

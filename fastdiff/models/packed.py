@@ -2,7 +2,7 @@
 
 A matrix or a convolution W [out, ...] is stored as round(W / s) with s [out] = max |W[out]| / 127,
 everything smaller as it is. The error of a weight is at most s / 2. What that does to pictures is
-measured: `benchmarks/results/int8.json`.
+measured by `benchmarks/eight_bits.py`: `benchmarks/results/eight_bits.json`.
 """
 
 from pathlib import Path
