@@ -268,7 +268,10 @@ class _Call:
                 reason = f"gradients are wanted, and {policy.name} computes attention without them"
                 session.fallback(self.layer, reason, self.flops)
                 return self.dense()
-            self._count(attended.density, attended.implementation or "blocks")
+            ran = attended.implementation or "blocks"
+            if attended.reason is not None:
+                session.report.explain(policy.name, f"{ran} because", attended.reason)
+            self._count(attended.density, ran)
             return attended.output
         tiles = policy.tiles(layout, self.query, context)
         gathered = tile_gather(
@@ -291,8 +294,10 @@ class _Call:
                              tail=tail, impl=session.impl)
         out = block_sparse_attention(
             q, k, v, chosen.indices, chosen.counts, tiles.offsets, tiles.offsets,
-            block_q=tiles.block, block_k=tiles.block,
-            key_mask=key_mask, tail=tail, scale=self.scale, impl=impl,
+            block_q=tiles.block, block_k=tiles.block, key_mask=key_mask, tail=tail,
+            scale=self.scale, impl=impl,
+            # text keeps every tile; where it comes last, its rows would be begun last
+            uneven=skip is not None or layout.after > 0 or chosen.mask.uneven(),
         )
         if skip is not None:
             skip.note(cast(Tensor, out), tiles, branch)

@@ -17,6 +17,8 @@ from fastdiff.kernels.hopper import (
     tensor_map,
 )
 
+from .order import longest_first
+
 BLOCKS = 128
 ROWS = 64
 # padded head dim -> key tile, K/V stages, Q buffers, ping-pong
@@ -80,15 +82,17 @@ def config(block_k: int, head_dim: int) -> dict[str, Any]:
     """Compile-time settings: one per head dim, no tuning at run time."""
     BD = 64 if head_dim <= 64 else 128
     SUB = max(16, 1 << (block_k - 1).bit_length())
+    # a producer that gathers a tile from many blocks has more to keep in mind
+    consumer, producer = (240, 24) if SUB > 32 else (232, 40)
     return {**CONFIGS[BD], "BD": BD, "NC": 2, "SUB": SUB,
-            "CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
+            "CONSUMER_REGISTERS": consumer, "PRODUCER_REGISTERS": producer}
 
 
 def run(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
     query_offsets: Tensor, key_offsets: Tensor, *, block_q: int, block_k: int,
     key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
-    return_lse: bool,
+    return_lse: bool, uneven: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One program per (batch, head, query block), heads outermost so that K and V stay in L2."""
     B, SQ, H, D = query.shape
@@ -104,16 +108,16 @@ def run(
         value = value.masked_fill(~key_mask[:, :, None, None], 0)
     plan = plan_of(
         query, key, value, indices, query_offsets, key_offsets, block_q=block_q, block_k=block_k,
-        masked=key_mask is not None, tail=tail, scale=scale, return_lse=return_lse)
+        masked=key_mask is not None, tail=tail, scale=scale, return_lse=return_lse, uneven=uneven)
     plan.launch(*tensors(query, key, value, indices, counts, query_offsets, key_offsets, output,
-                         lse, counter(query), key_mask=key_mask, tail=tail))
+                         lse, counter(query), key_mask=key_mask, tail=tail, uneven=uneven))
     return output, lse
 
 
 def tensors(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
     query_offsets: Tensor, key_offsets: Tensor, output: Tensor, lse: Tensor | None, taken: Tensor,
-    *, key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    *, key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, uneven: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Of a launch: what its tensor maps map, and what it takes by pointer."""
     # what a setting switches off still needs a pointer
@@ -124,7 +128,9 @@ def tensors(
         mapped += tail[:2]
     if key_mask is not None:
         mask, dirty = key_mask.view(torch.uint8), _dirty(key_mask, key_offsets)
-    return mapped, (indices.contiguous(), counts.contiguous(), taken, query_offsets, key_offsets,
+    counts = counts.contiguous()
+    order = longest_first(counts) if uneven else counts
+    return mapped, (indices.contiguous(), counts, taken, order, query_offsets, key_offsets,
                     weight, keep, mask, dirty, output, output if lse is None else lse)
 
 
@@ -138,22 +144,23 @@ def plan_of(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_offsets: Tensor,
     key_offsets: Tensor, *, block_q: int, block_k: int, masked: bool,
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float, return_lse: bool,
+    uneven: bool,
 ) -> Plan:
     """The plan of a call."""
     means = () if tail is None else (tail[0].stride(), tail[1].stride())
     known = ("block sparse", query.shape, query.stride(), key.shape, key.stride(), value.stride(),
              means, indices.shape, query_offsets.shape, key_offsets.shape, query.dtype,
-             query.get_device(), block_q, block_k, masked, scale, return_lse)
+             query.get_device(), block_q, block_k, masked, scale, return_lse, uneven)
     return planned(known, lambda: _plan(
         query, key, value, indices.shape[-1], query_offsets.numel() - 1, key_offsets.numel() - 1,
         block_q=block_q, block_k=block_k, masked=masked, tail=tail, scale=scale,
-        return_lse=return_lse))
+        return_lse=return_lse, uneven=uneven))
 
 
 def _plan(
     query: Tensor, key: Tensor, value: Tensor, M: int, NQ: int, NK: int, *, block_q: int,
     block_k: int, masked: bool, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
-    return_lse: bool,
+    return_lse: bool, uneven: bool,
 ) -> Plan:
     from .gluon_kernel import block_sparse_attention_hopper_kernel as kernel
 
@@ -175,11 +182,12 @@ def _plan(
     numbers = (
         *strides, SQ, SKV, H, H // HK, NQ, NK, M, work, tiles,
         # the kernel's exponentials are powers of two
-        scale * 1.4426950408889634,
+        1 / (scale * 1.4426950408889634), scale * 1.4426950408889634,
     )
     settings = dict(
         meta, EQUAL_Q=equal_q, EQUAL_K=equal_k, MASK=not equal_k or SUB < BN, USE_MASK=masked,
-        USE_TAIL=tail is not None, USE_LSE=return_lse, D=D, num_warps=4, maxnreg=168)
+        USE_TAIL=tail is not None, USE_LSE=return_lse, USE_ORDER=uneven, D=D, num_warps=4,
+        maxnreg=168)
     maps += [None] * (6 - len(maps))
     return Plan(kernel, tuple(maps), numbers, settings, work)
 

@@ -22,12 +22,14 @@ SIZES = ["sob", "sos", "soh", "SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M", "WORK
 # stands for minus infinity, and what no real score falls below
 LOWEST = gl.constexpr(-1e30)
 NOTHING = gl.constexpr(-1e20)
+# why a tile of keys is masked: blocks that end within it, or keys that count for nobody
+SHORT = gl.constexpr(1)
+DIRTY = gl.constexpr(2)
 
 
 @gluon.jit
 def _place(w, NQ, H):
-    """Work item, a row of the lists -> (batch, head, query block); heads outermost, K stays in L2.
-    """
+    """Row of the lists -> (batch, head, query block); heads outermost, K stays in L2."""
     i_bh = w // NQ
     return i_bh // H, i_bh % H, w % NQ
 
@@ -43,7 +45,7 @@ def _shift(m, GUARD: gl.constexpr):
 
 @gluon.jit
 def _read(box):
-    """The work item that the producer took, known to every thread of a warpgroup."""
+    """A number that the producer left, known to every thread of a warpgroup."""
     return gl.max(box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
@@ -65,14 +67,30 @@ def _query_start(i_q, q_offsets, BM: gl.constexpr, EQUAL_Q: gl.constexpr):
 
 
 @gluon.jit
-def _entry(p_list, e, n_kept, k_offsets, SKV, SUB: gl.constexpr, EQUAL_K: gl.constexpr):
-    """First key row of list entry `e`; beyond the list a row outside K, which TMA reads as zero."""
-    i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
-    if EQUAL_K:
-        start = i_k * SUB
-    else:
-        start = gl.load(k_offsets + i_k)
-    return gl.where(e < n_kept, start, SKV)
+def _entries(
+    p_list, j, n_kept, k_offsets, dirty, SKV, R: gl.constexpr, SUB: gl.constexpr,
+    EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
+):
+    """First key rows of the list entries of tile `j`; beyond the list a row outside K, which TMA
+    reads as zero. With them what the softmax must look at: SHORT blocks, blocks with masked keys.
+    """
+    starts = ()
+    look = 0
+    for r in gl.static_range(R):
+        e = j * R + r
+        i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
+        if EQUAL_K:
+            start = i_k * SUB
+            short = e >= n_kept
+        else:
+            start = gl.load(k_offsets + i_k)
+            short = (gl.load(k_offsets + i_k + 1) - start < SUB) | (e >= n_kept)
+        starts = starts + (gl.where(e < n_kept, start, SKV),)
+        if MASK:
+            look = look | gl.where(short, SHORT, 0)
+        if USE_MASK:
+            look = look | gl.where(gl.load(dirty + i_k) != 0, DIRTY, 0)
+    return starts, look
 
 
 @gluon.jit
@@ -80,20 +98,25 @@ def _producer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
     MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
-    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
-    q_smem, k_smem, v_smem, box = smem
+    q_smem, k_smem, v_smem, box, looks = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
-    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
+    indices, counts, work, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale = sizes
     R: gl.constexpr = BN // SUB
     BYTES: gl.constexpr = k_desc.block_type.nbytes * R
     i_kv = 0
     i_work = 0
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    w = gl.program_id(0)
-    while w < WORK:
+    taken, order = work
+    item = gl.program_id(0)
+    while item < WORK:
+        if USE_ORDER:
+            w = gl.load(order + item)
+        else:
+            w = item
         i_b, i_h, i_q = _place(w, NQ, H)
         i_kh = i_h // GROUPS
         n_kept = gl.load(counts + w)
@@ -128,26 +151,30 @@ def _producer(
         for j in range(0, _exact_tiles(n_kept, R, USE_TAIL)):
             st = i_kv % ST
             phase = ((i_kv // ST) & 1) ^ 1
+            # before the wait, which hides the way through the lists
+            starts, look = _entries(
+                p_list, j, n_kept, k_offsets, masks[1] + i_b * NK, SKV, R, SUB, EQUAL_K, MASK,
+                USE_MASK)
             mbarrier.wait(k_empty.index(st), phase)
+            if MASK or USE_MASK:
+                looks.index(st).store(gl.full([1], look, gl.int32, one))
             mbarrier.expect(k_full.index(st), BYTES)
             for r in gl.static_range(R):
-                start = _entry(p_list, j * R + r, n_kept, k_offsets, SKV, SUB, EQUAL_K)
                 tma.async_copy_global_to_shared(
-                    k_desc, [i_b, start, i_kh, 0], k_full.index(st),
+                    k_desc, [i_b, starts[r], i_kh, 0], k_full.index(st),
                     k_smem.index(st).slice(r * SUB, SUB, 1))
             mbarrier.wait(v_empty.index(st), phase)
             mbarrier.expect(v_full.index(st), BYTES)
             for r in gl.static_range(R):
-                start = _entry(p_list, j * R + r, n_kept, k_offsets, SKV, SUB, EQUAL_K)
                 tma.async_copy_global_to_shared(
-                    v_desc, [i_b, start, i_kh, 0], v_full.index(st),
+                    v_desc, [i_b, starts[r], i_kh, 0], v_full.index(st),
                     v_smem.index(st).slice(r * SUB, SUB, 1))
             i_kv += 1
         # whoever is done takes the next item: rows differ in length
         number = gl.atomic_add(taken, 1)
         # as many are taken as there are items, the last ones in vain: left as it was found
         gl.store(taken, 0, mask=number == WORK - 1)
-        w = gl.num_programs(0) + number
+        item = gl.num_programs(0) + number
     i_qst = i_work % QST
     mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
     box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))
@@ -167,87 +194,84 @@ def _mask_exact(
 ):
     """Columns beyond the end of their block, of the list, or of K count for nobody."""
     col = gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
-    if SUB == BN:
-        i_k = gl.load(p_list + j, mask=j < n_kept, other=0)
-        if EQUAL_K:
-            length = SKV - i_k * SUB
-        else:
-            length = gl.load(k_offsets + i_k + 1) - gl.load(k_offsets + i_k)
-        length = gl.where(j < n_kept, length, 0)
-        if length < BN:
-            s = gl.where((col < length)[None, :], s, LOWEST)
+    e = j * (BN // SUB) + col // SUB
+    i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
+    if EQUAL_K:
+        length = SKV - i_k * SUB
     else:
-        e = j * (BN // SUB) + col // SUB
-        i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
-        if EQUAL_K:
-            length = SKV - i_k * SUB
-        else:
-            length = gl.load(k_offsets + i_k + 1) - gl.load(k_offsets + i_k)
-        length = gl.where(e < n_kept, length, 0)
-        s = gl.where((col % SUB < length)[None, :], s, LOWEST)
-    return s
+        length = gl.load(k_offsets + i_k + 1) - gl.load(k_offsets + i_k)
+    length = gl.where(e < n_kept, length, 0)
+    return gl.where((col % SUB < length)[None, :], s, LOWEST)
 
 
 @gluon.jit
 def _mask_keys(
-    s, j, p_list, n_kept, k_offsets, SKV, i_b, NK, masks, BN: gl.constexpr, SUB: gl.constexpr,
+    s, j, p_list, n_kept, k_offsets, SKV, i_b, key_mask, BN: gl.constexpr, SUB: gl.constexpr,
     EQUAL_K: gl.constexpr, sl: gl.constexpr,
 ):
-    """Masked keys count for nobody; a block without any is left alone."""
-    key_mask, dirty = masks
+    """Masked keys count for nobody."""
     col = gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
-    p_mask = key_mask + i_b.to(gl.int64) * SKV
-    if SUB == BN:
-        i_k = gl.load(p_list + j, mask=j < n_kept, other=0)
-        if gl.load(dirty + i_b * NK + i_k) != 0:
-            if EQUAL_K:
-                token = i_k * SUB + col
-            else:
-                token = gl.load(k_offsets + i_k) + col
-            counts = gl.load(p_mask + token, mask=token < SKV, other=0)
-            s = gl.where((counts != 0)[None, :], s, LOWEST)
+    e = j * (BN // SUB) + col // SUB
+    i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
+    if EQUAL_K:
+        token = i_k * SUB + col % SUB
     else:
-        e = j * (BN // SUB) + col // SUB
-        i_k = gl.load(p_list + e, mask=e < n_kept, other=0)
-        if EQUAL_K:
-            token = i_k * SUB + col % SUB
-        else:
-            token = gl.load(k_offsets + i_k) + col % SUB
-        counts = gl.load(p_mask + token, mask=token < SKV, other=0)
-        s = gl.where((counts != 0)[None, :], s, LOWEST)
+        token = gl.load(k_offsets + i_k) + col % SUB
+    counts = gl.load(key_mask + i_b.to(gl.int64) * SKV + token, mask=token < SKV, other=0)
+    return gl.where((counts != 0)[None, :], s, LOWEST)
+
+
+@gluon.jit
+def _mask(
+    s, j, look, p_list, n_kept, k_offsets, SKV, i_b, key_mask, BN: gl.constexpr,
+    SUB: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
+    sl: gl.constexpr,
+):
+    """LOWEST for what must not count, where the producer saw any of it."""
+    # the outer conditions are the compiler's
+    if MASK:  # noqa: SIM102
+        if (look & SHORT) != 0:
+            s = _mask_exact(s, j, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
+    if USE_MASK:  # noqa: SIM102
+        if (look & DIRTY) != 0:
+            s = _mask_keys(
+                s, j, p_list, n_kept, k_offsets, SKV, i_b, key_mask, BN, SUB, EQUAL_K, sl)
     return s
 
 
 @gluon.jit
 def _adjust(
-    s, j, row, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, EQUAL_K: gl.constexpr,
-    MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, sl: gl.constexpr,
+    s, j, look, row, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr,
+    EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr,
+    sl: gl.constexpr,
 ):
     """Raise pooled keys by the log of their weight; LOWEST for what must not count."""
     i_b, i_row, n_kept, p_list = row
-    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
-    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
+    indices, counts, work, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale = sizes
     if USE_TAIL:
         if j < TAIL_TILES:
             log_weight, keep = tail
             col = j * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, sl))
-            raised = gl.load(log_weight + i_b * NK + col, mask=col < NK, other=LOWEST) / scale
+            raised = gl.load(log_weight + i_b * NK + col, mask=col < NK, other=LOWEST) * unscale
             kept = gl.load(keep + i_row.to(gl.int64) * NK + col, mask=col < NK, other=1)
             s += gl.where(kept == 0, gl.maximum(raised, LOWEST), LOWEST)[None, :]
         else:
-            i = j - TAIL_TILES
-            if MASK:
-                s = _mask_exact(s, i, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
-            if USE_MASK:
-                s = _mask_keys(
-                    s, i, p_list, n_kept, k_offsets, SKV, i_b, NK, masks, BN, SUB, EQUAL_K, sl)
+            s = _mask(s, j - TAIL_TILES, look, p_list, n_kept, k_offsets, SKV, i_b, masks[0], BN,
+                      SUB, EQUAL_K, MASK, USE_MASK, sl)
     else:
-        if MASK:
-            s = _mask_exact(s, j, p_list, n_kept, k_offsets, SKV, BN, SUB, EQUAL_K, sl)
-        if USE_MASK:
-            s = _mask_keys(
-                s, j, p_list, n_kept, k_offsets, SKV, i_b, NK, masks, BN, SUB, EQUAL_K, sl)
+        s = _mask(s, j, look, p_list, n_kept, k_offsets, SKV, i_b, masks[0], BN, SUB, EQUAL_K,
+                  MASK, USE_MASK, sl)
     return s
+
+
+@gluon.jit
+def _looked(looks, MASK: gl.constexpr, USE_MASK: gl.constexpr):
+    """What the producer said of a tile of keys; nothing where no tile is ever masked."""
+    if MASK or USE_MASK:
+        return _read(looks)
+    else:
+        return 0
 
 
 @gluon.jit
@@ -255,13 +279,13 @@ def _consumer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
     MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
-    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
-    q_smem, k_smem, v_smem, box = smem
+    q_smem, k_smem, v_smem, box, looks = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
-    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES = sizes
+    indices, counts, work, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale = sizes
     BD: gl.constexpr = q_desc.block_type.shape[3]
     R: gl.constexpr = BN // SUB
     GUARD: gl.constexpr = MASK or USE_MASK or USE_TAIL
@@ -301,8 +325,10 @@ def _consumer(
         if PINGPONG:
             mbarrier.arrive(turn.index((WG + 1) % NC), count=1)
         s = warpgroup_mma_wait(0, deps=(s,))
+        look = _looked(looks.index(st), MASK, USE_MASK)
         mbarrier.arrive(k_empty.index(st), count=1)
-        s = _adjust(s, 0, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
+        s = _adjust(
+            s, 0, look, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
         m = gl.max(s, 1) * scale
         p = gl.exp2(s * scale - _shift(m, GUARD)[:, None])
         sums = _row_sum(p, BN)
@@ -324,9 +350,11 @@ def _consumer(
             if PINGPONG:
                 mbarrier.arrive(turn.index((WG + 1) % NC), count=1)
             s = warpgroup_mma_wait(1, deps=(s,))
+            look = _looked(looks.index(st), MASK, USE_MASK)
             mbarrier.arrive(k_empty.index(st), count=1)
             s = _adjust(
-                s, j, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
+                s, j, look, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL,
+                sl)
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
             shift = _shift(m_new, GUARD)
             alpha = gl.exp2(m - shift)
@@ -386,11 +414,11 @@ def _consumer(
 @gluon.jit(do_not_specialize=SIZES)
 def block_sparse_attention_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc,
-    indices, counts, taken, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
-    sob, sos, soh, SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, scale,
+    indices, counts, taken, order, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
+    sob, sos, soh, SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale, scale,
     BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, QST: gl.constexpr,
     EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
-    USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr,
+    USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr, USE_ORDER: gl.constexpr, D: gl.constexpr,
     PINGPONG: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -399,6 +427,7 @@ def block_sparse_attention_hopper_kernel(
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [ST, 1, BN, 1, BD], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [ST, 1, BN, 1, BD], v_desc.layout)
     box = gl.allocate_shared_memory(gl.int32, [QST, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    looks = gl.allocate_shared_memory(gl.int32, [ST, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [QST, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [QST, 1], bar)
@@ -423,27 +452,27 @@ def block_sparse_attention_hopper_kernel(
     # the argument tuples stand inline: bound to a name, their constexprs would become tensors
     gl.warp_specialize([
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
-                     (q_smem, k_smem, v_smem, box),
+                     (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
-                      (key_mask, dirty), o, lse, (sob, sos, soh)),
-                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
+                     (indices, counts, (taken, order), q_offsets, k_offsets,
+                      (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
+                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
+                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, USE_ORDER, D,
                      PINGPONG, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
-                     (q_smem, k_smem, v_smem, box),
+                     (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
-                      (key_mask, dirty), o, lse, (sob, sos, soh)),
-                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
+                     (indices, counts, (taken, order), q_offsets, k_offsets,
+                      (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
+                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
+                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, USE_ORDER, D,
                      PINGPONG, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
-                     (q_smem, k_smem, v_smem, box),
+                     (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
-                      (key_mask, dirty), o, lse, (sob, sos, soh)),
-                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES), scale, BN, SUB, ST, NC,
-                     QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
+                     (indices, counts, (taken, order), q_offsets, k_offsets,
+                      (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
+                     (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
+                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, USE_ORDER, D,
                      PINGPONG, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
 
+from .order import longest_first
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 256)
 
@@ -55,6 +57,7 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
+    uneven: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One program per (batch, head, query tile), heads outermost so that K and V stay in L2.
 
@@ -98,6 +101,7 @@ def run(
         output if lse is None else lse,
         indices,
         counts,
+        longest_first(counts) if uneven else counts,
         query_offsets,
         key_offsets,
         mask,
@@ -127,6 +131,7 @@ def run(
         USE_MASK=key_mask is not None,
         USE_TAIL=tail is not None,
         USE_LSE=return_lse,
+        USE_ORDER=uneven,
         UPCAST=interpreting(),
         UNIT=unit,
         **meta,

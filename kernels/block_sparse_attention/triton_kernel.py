@@ -18,12 +18,13 @@ def dot(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def fold(b_s, b_v, b_m, b_l, b_o, GUARD: tl.constexpr, UPCAST: tl.constexpr):
-    """One step of the online softmax: scores [BM, BN] (base 2) and values [BN, BD]."""
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+def fold(b_s, b_v, b_m, b_l, b_o, scale, GUARD: tl.constexpr, UPCAST: tl.constexpr):
+    """One step of the online softmax: scores [BM, BN], values [BN, BD]; maxima are in base 2."""
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     # a row that has seen no key yet has maximum -inf, and -inf minus -inf is NaN
     b_shift = tl.where(b_m_new == -float("inf"), 0.0, b_m_new) if GUARD else b_m_new
-    b_p = tl.math.exp2(b_s - b_shift[:, None])
+    # one multiply-add an element
+    b_p = tl.math.exp2(b_s * scale - b_shift[:, None])
     b_alpha = tl.math.exp2(b_m - b_shift)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     b_o = b_o * b_alpha[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
@@ -39,6 +40,7 @@ def block_sparse_attention_fwd_kernel(
     lse,
     indices,
     counts,
+    order,
     q_offsets,
     k_offsets,
     key_mask,
@@ -86,6 +88,7 @@ def block_sparse_attention_fwd_kernel(
     USE_MASK: tl.constexpr,
     USE_TAIL: tl.constexpr,
     USE_LSE: tl.constexpr,
+    USE_ORDER: tl.constexpr,
     UPCAST: tl.constexpr,
     UNIT: tl.constexpr,
 ):
@@ -100,6 +103,10 @@ def block_sparse_attention_fwd_kernel(
     i_q = tl.program_id(0) // PARTS_Q
     i_part = tl.program_id(0) % PARTS_Q
     i_bh = tl.program_id(1)
+    if USE_ORDER:
+        i_row = tl.load(order + i_bh.to(tl.int64) * NQ + i_q)
+        i_q = i_row % NQ
+        i_bh = i_row // NQ
     i_b = (i_bh // H).to(tl.int64)
     i_h = (i_bh % H).to(tl.int64)
     i_kh = i_h // GROUPS
@@ -152,8 +159,8 @@ def block_sparse_attention_fwd_kernel(
                 else:
                     b_k = tl.load(p_k + k_start64 * sks, mask=m_d[None, :], other=0.0)
                     b_v = tl.load(p_v + k_start64 * svs, mask=m_d[None, :], other=0.0)
-                b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
-                b_m, b_l, b_o = fold(b_s, b_v, b_m, b_l, b_o, False, UPCAST)
+                b_s = dot(b_q, tl.trans(b_k), UPCAST)
+                b_m, b_l, b_o = fold(b_s, b_v, b_m, b_l, b_o, scale, False, UPCAST)
             else:
                 m_n = k_start + o_n < k_end
                 if USE_MASK:
@@ -161,9 +168,9 @@ def block_sparse_attention_fwd_kernel(
                 m_nd = m_n[:, None] & m_d[None, :]
                 b_k = tl.load(p_k + k_start64 * sks, mask=m_nd, other=0.0)
                 b_v = tl.load(p_v + k_start64 * svs, mask=m_nd, other=0.0)
-                b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
+                b_s = dot(b_q, tl.trans(b_k), UPCAST)
                 b_s = tl.where(m_n[None, :], b_s, -float("inf"))
-                b_m, b_l, b_o = fold(b_s, b_v, b_m, b_l, b_o, True, UPCAST)
+                b_m, b_l, b_o = fold(b_s, b_v, b_m, b_l, b_o, scale, True, UPCAST)
 
         if USE_TAIL:
             p_k = k_mean + i_b * skmb + i_kh * skmh + o_n[:, None] * skmn + o_d[None, :]
@@ -179,10 +186,10 @@ def block_sparse_attention_fwd_kernel(
                 m_nd = m_n[:, None] & m_d[None, :]
                 b_k = tl.load(p_k + i_n64 * skmn, mask=m_nd, other=0.0)
                 b_v = tl.load(p_v + i_n64 * svmn, mask=m_nd, other=0.0)
-                b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
-                b_s += tl.math.log2(tl.where(m_n, b_w, 1.0))[None, :]
+                b_s = dot(b_q, tl.trans(b_k), UPCAST)
+                b_s += (tl.math.log2(tl.where(m_n, b_w, 1.0)) / scale)[None, :]
                 b_s = tl.where(m_n[None, :], b_s, -float("inf"))
-                b_m, b_l, b_o = fold(b_s, b_v, b_m, b_l, b_o, True, UPCAST)
+                b_m, b_l, b_o = fold(b_s, b_v, b_m, b_l, b_o, scale, True, UPCAST)
 
         # no key at all: zeros, and log 0
         m_empty = b_l == 0.0

@@ -24,6 +24,16 @@ def test_gluon(case):
     check(case.build("cuda"), "gluon")
 
 
+@pytest.mark.parametrize("case", [
+    Case(2, heads, 1, 517, keys, 128, 128, block_k, DTYPES[1], ragged, masked, tail, seed=block_k,
+         uneven=True)
+    for block_k in (64, 32, 16) for heads, keys in ((4, 1024), (3, 900))
+    for ragged, masked, tail in ((False, False, False), (True, False, True), (False, True, True))
+], ids=repr)
+def test_tiles_of_several_blocks(case):
+    check(case.build("cuda"), "gluon")
+
+
 @pytest.mark.parametrize("where", ["text", "a block", "all"])
 def test_masked_keys_in_few_blocks(where):
     args = Case(2, 4, 2, 517, 900, 128, 128, 128, torch.bfloat16, all_kept=True).build("cuda")
