@@ -1,19 +1,18 @@
-"""Encoded scenes on the device: latents and caption embeddings, renewed in a ring."""
-
-import time
+"""Encoded scenes of a size on the device: latents and caption embeddings."""
 
 import torch
 from torch import Tensor
 
 from .autoencoder import FullSequence
 from .data import Batch, render
-from .progress import synchronise
+from .progress import autocast
+from .ring import Ring
 from .scenes import SceneSource
 from .state import State
 from .text import EOS, TOKENS, encode_captions
 
 
-class Bank:
+class Bank(Ring):
     """Normalised latents [N, 16, T, H, W], caption outputs [N, TOKENS, D] and lengths [N]."""
 
     def __init__(
@@ -22,12 +21,12 @@ class Bank:
     ):
         """edge, capacity and encoded batch: None takes those of the config."""
         config = state.config
-        self.kind, self.state, self.source = kind, state, source
-        self.model, self.sprites = model, sprites
-        self.batch, self.edge = batch or config[kind]["encode_batch"], edge or config["edge"]
+        n, device = capacity or config[kind]["bank"], state.device
+        super().__init__(kind, source, device, n, batch or config[kind]["encode_batch"])
+        self.state, self.model, self.sprites = state, model, sprites
+        self.edge = edge or config["edge"]
         frames = 1 if kind == "pictures" else (config["clip_frames"] + 3) // 4
-        edge, n, device = self.edge // 8, capacity or config[kind]["bank"], state.device
-        self.capacity, self.filled, self.cursor = n, 0, 0
+        edge = self.edge // 8
         self.latents = torch.empty(n, 16, frames, edge, edge, dtype=torch.bfloat16, device=device)
         dim = config["text"]["dim"]
         self.text = torch.empty(n, TOKENS, dim, dtype=torch.bfloat16, device=device)
@@ -36,20 +35,9 @@ class Bank:
         empty = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
         empty[0, 0] = EOS
         self.empty, _ = encode_captions(state.text, empty, empty)
-        self.rest: tuple[Batch, Tensor] | None = None
 
-    @torch.no_grad()
-    def renew(self) -> None:
-        """Render and encode the next scenes of the source into the ring."""
-        if self.rest is None or len(self.rest[0]) < self.batch:
-            self.rest = self.source.next(self.kind, self.state.device)
-        scenes, ids = self.rest
-        self.rest = (scenes[self.batch :], ids[self.batch :])
-        scenes, ids = scenes[: self.batch], ids[: self.batch]
-        start = min(self.cursor, self.capacity - self.batch)
-        rows = slice(start, start + self.batch)
-        device = self.state.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    def encode(self, scenes: Batch, ids: Tensor, rows: slice) -> None:
+        with autocast(self.device):
             video = render(scenes, self.sprites, self.edge)
             moments = self.model.encode(video)
         latents = moments[:, :, :16].float().transpose(1, 2)
@@ -57,18 +45,6 @@ class Bank:
         self.text[rows], self.lengths[rows] = encode_captions(
             self.state.text, ids, (ids != 0).long()
         )
-        self.filled = max(self.filled, start + self.batch)
-        self.cursor = (start + self.batch) % self.capacity
-
-    def fill(self, seconds: float) -> None:
-        """Renew until full or out of time."""
-        end = time.monotonic() + seconds
-        while self.filled < self.capacity:
-            self.renew()
-            if (self.cursor // self.batch) % 8 == 0:
-                synchronise(self.state.device)
-                if time.monotonic() >= end:
-                    break
 
     def sample(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, caption outputs and lengths of n rows; one caption in ten is the empty one."""

@@ -1,6 +1,4 @@
-"""Encoded pictures of one size on the device, renewed in a ring, for `tiny-image`."""
-
-import time
+"""Encoded pictures of one size on the device, for `tiny-image`."""
 
 import torch
 from torch import Tensor
@@ -9,22 +7,22 @@ from .data import Batch, render
 from .image_models import CHANNELS, encode_prompts
 from .image_state import ImageState
 from .lean_codec import LeanCodec
-from .progress import synchronise
+from .progress import autocast
+from .ring import Ring
 from .scenes import SceneSource
 from .text import EOS, TOKENS
 
 
-class ImageBank:
+class ImageBank(Ring):
     """Latents [N, 16, E / 8, E / 8] of E x E pictures with their captions' ids and outputs."""
 
     def __init__(
         self, edge: int, config: dict, state: ImageState, source: SceneSource, codec: LeanCodec,
         sprites: Tensor,
     ):
-        self.edge, self.state, self.source, self.sprites = edge, state, source, sprites
-        self.codec = codec
-        self.batch, self.capacity = config["encode_batch"], config["bank"]
-        self.filled = self.cursor = 0
+        super().__init__(
+            "pictures", source, state.device, config["bank"], config["encode_batch"])
+        self.edge, self.state, self.sprites, self.codec = edge, state, sprites, codec
         device, text, cells = state.device, state.config["text"], edge // 8
         kind = {"device": device, "dtype": torch.bfloat16}
         self.latents = torch.empty(self.capacity, CHANNELS, cells, cells, **kind)
@@ -35,38 +33,15 @@ class ImageBank:
         self.empty_ids[0, 0] = EOS
         with torch.no_grad():
             self.empty = encode_prompts(state.text, state.clip, self.empty_ids)
-        self.rest: tuple[Batch, Tensor] | None = None
 
-    @torch.no_grad()
-    def renew(self) -> None:
-        """Render and encode the next scenes of the source into the ring."""
-        if self.rest is None or len(self.rest[0]) < self.batch:
-            self.rest = self.source.next("pictures", self.state.device)
-        scenes, ids = self.rest
-        self.rest = (scenes[self.batch :], ids[self.batch :])
-        scenes, ids = scenes[: self.batch], ids[: self.batch]
-        start = min(self.cursor, self.capacity - self.batch)
-        rows = slice(start, start + self.batch)
-        device = self.state.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    def encode(self, scenes: Batch, ids: Tensor, rows: slice) -> None:
+        with autocast(self.device):
             frames = render(scenes, self.sprites, self.edge)[:, 0]
             moments = self.codec.encode(frames)
         self.latents[rows] = moments[:, :CHANNELS].to(torch.bfloat16)
         hidden, pooled = encode_prompts(self.state.text, self.state.clip, ids)
         self.ids[rows] = ids
         self.hidden[rows], self.pooled[rows] = hidden.bfloat16(), pooled.bfloat16()
-        self.filled = max(self.filled, start + self.batch)
-        self.cursor = (start + self.batch) % self.capacity
-
-    def fill(self, seconds: float) -> None:
-        """Renew until full or out of time."""
-        end = time.monotonic() + seconds
-        while self.filled < self.capacity:
-            self.renew()
-            if (self.cursor // self.batch) % 8 == 0:
-                synchronise(self.state.device)
-                if time.monotonic() >= end:
-                    break
 
     @torch.no_grad()
     def sample(self, n: int, padded: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from .denoiser import sigma_schedule
 from .image_models import CHANNELS, encode_prompts, unpack
 from .image_state import ImageState, shift_of
 from .joint import LeanJoint
+from .progress import autocast
 from .sampling import held_out_scenes, judge
 from .text import tokenize
 
@@ -36,7 +37,7 @@ def quick_samples(state: ImageState, scenes: list[Scene], edge: int, part: int =
     hidden, pooled = encode_prompts(state.text, state.clip, ids)
     generator = torch.Generator(device).manual_seed(0)
     sigmas = sigma_schedule(settings["steps"], shift_of((cells // 2) ** 2))
-    fast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    fast = autocast(device)
     with fast, torch.compiler.set_stance("force_eager"):
         for begin in range(0, len(scenes), part):
             rows = torch.arange(begin, min(begin + part, len(scenes)), device=device)

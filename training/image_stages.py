@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ from .image_state import ImageState
 from .joint import LeanJoint, compile_layers, joint_loss
 from .lean_codec import LeanCodec, codec_loss
 from .probe import Probes
-from .progress import Compiler, Log
+from .progress import Compiler, Log, autocast
 from .scenes import SceneSource
 from .stages import cosine, run_stage
 from .text import TOKENS, TextHeads, caption_labels, text_loss, tokenize
@@ -57,19 +56,11 @@ class ImageRun:
         """Rare shapes and a failed compilation run the plain layers."""
         return "default" if self.compiler.active and not self.rare else "force_eager"
 
-    def autocast(self) -> torch.autocast:
-        kind = self.state.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
     def bank(self, edge: int, config: dict) -> ImageBank:
         if edge not in self.banks:
-            begin = time.monotonic()
             codec = self.codec if config.get("edge") == edge else self.plain_codec
             bank = ImageBank(edge, config, self.state, self.source, codec, self.sprites)
-            bank.fill(config["fill_seconds"])
-            spent = time.monotonic() - begin
-            rate = bank.filled / spent
-            self.log.write("bank", edge=edge, rows=bank.filled, spent=spent, rate=rate)
+            self.log.write("bank", edge=edge, **bank.fill(config["fill_seconds"]))
             self.banks[edge] = bank
         return self.banks[edge]
 
@@ -137,7 +128,7 @@ def train_codec(run: ImageRun, reserve: float) -> None:
             codec = run.codec
         edge = rng.choice(config["edges"])
         frames = _window(run, pool, config["batch"], edge, crop, rng)
-        with run.autocast():
+        with autocast(run.state.device):
             loss, error = codec_loss(codec, frames, config["kl"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
@@ -171,7 +162,7 @@ def _finish_codec(run: ImageRun, pool: Batch) -> None:
         total = []
         for _ in range(3):
             frames = _window(run, pool, 16, edge, edge, rng)
-            with run.autocast():
+            with autocast(run.state.device):
                 mean = run.plain_codec.encode(frames)[:, :CHANNELS]
                 back = run.plain_codec.decode(mean).float().clamp(-1, 1)
             total.append((back - frames).square().mean().item())
@@ -186,7 +177,7 @@ def _finish_codec(run: ImageRun, pool: Batch) -> None:
 
 def _step(run: ImageRun, bank: ImageBank, batch: int, config: dict, scale: float, **more) -> Tensor:
     state = run.state
-    with run.autocast(), torch.compiler.set_stance(run.stance):
+    with autocast(run.state.device), torch.compiler.set_stance(run.stance):
         loss = joint_loss(
             run.joint, *bank.sample(batch, **more), config["shift"], config["tail"]
         )

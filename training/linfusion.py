@@ -22,7 +22,7 @@ from fastdiff.models import load
 from fastdiff.tokens.linfusion import LINEAR, LinFusionProcessor
 from fastdiff.tokens.linfusion_format import LinearLayer, Place, begin, write
 
-from .progress import Log, fast_arithmetic, timed_loop
+from .progress import Log, autocast, fast_arithmetic, timed_loop
 from .stages import cosine
 from .unet_models import UNetState, noised
 from .unet_run import UNetRun
@@ -84,7 +84,7 @@ def main() -> None:
         latents, hidden, _ = bank.sample(settings["batch"])
         t = torch.randint(1000, (len(latents),), device=device)
         here, velocity = noised(state.alphas, latents.float(), t)
-        with run.autocast():
+        with autocast(run.state.device):
             with torch.no_grad():
                 stock = teacher(here, t, hidden, return_dict=False)[0]
             found = student(here, t, hidden, return_dict=False)[0]

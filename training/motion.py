@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .autoencoder import reconstruction_loss
 from .data import Batch, render
+from .progress import autocast
 from .stages import Run, cosine, measure_latents, run_stage
 
 REACH = 4
@@ -54,7 +55,7 @@ def train_motion(run: Run, reserve: float) -> None:
         scenes = run.draw(kind, config[f"{kind}_batch"])
         video = render(scenes, run.sprites, edge)
         passed = passed_by(scenes, run.sprites, edge)
-        with run.autocast():
+        with autocast(run.state.device):
             mean, log_variance = run.codec.encode(video).float().chunk(2, 2)
             log_variance = log_variance.clamp(-20, 4)
             noise = torch.exp(0.5 * log_variance) + config["noise"] * std * torch.rand_like(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .image_models import CHANNELS, build_codec, build_joint
 from .joint import LeanJoint, compile_layers, joint_loss
 from .lean_codec import LeanCodec, codec_loss
-from .progress import Compiler, Log, fast_arithmetic, synchronise
+from .progress import Compiler, Log, autocast, fast_arithmetic, synchronise
 from .text import TOKENS
 
 PARTS = ("codec", "small", "full")
@@ -76,14 +76,13 @@ def _gradients(model: nn.Module, loss: Tensor) -> Tensor:
 def _compare(model: nn.Module, plain: Any, compiled: Any, device: torch.device) -> dict[str, Any]:
     """Losses, gradient norms and milliseconds a step of both forms, from the same seed."""
     values, seconds = [], []
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     for form in (plain, compiled):
         for repeat in range(8):
             if repeat in (0, 3):
                 synchronise(device)
                 begin = time.monotonic()
             torch.manual_seed(repeat)
-            with autocast:
+            with autocast(device):
                 loss = form()
                 norms = _gradients(model, loss)
             if repeat == 0:
@@ -115,11 +114,10 @@ def probe_codec(config: dict, device: torch.device) -> dict[str, Any]:
         device,
     )
     # the banks encode other shapes
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     for name in ("small", "full"):
         edge, n = config[name]["edge"], config[name]["encode_batch"]
         frames = torch.rand(n, 3, edge, edge, device=device) * 2 - 1
-        with autocast, torch.no_grad():
+        with autocast(device), torch.no_grad():
             want = plain.encode(frames).float()
             error = float((compiled.encode(frames).float() - want).norm() / want.norm())
         found[f"encode_{edge}"] = round(error, 5)

@@ -69,6 +69,11 @@ class Compiler:
         return run
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU, nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from .captions import plain_caption
 from .data import render
 from .evaluate import evaluate
 from .export import export
-from .progress import Compiler, Log
+from .progress import Compiler, Log, autocast
 from .sampling import held_out_scenes, sample
 from .scenes import SceneSource
 from .sheets import grid, stack, strips
@@ -129,7 +129,7 @@ def preview(run: Run) -> list[Image.Image]:
     config, state = run.state.config, run.state
     model, images = FullSequence(state.vae), []
     clip = run.source.next("clips", state.device)[0][:2]
-    with torch.no_grad(), run.autocast():
+    with torch.no_grad(), autocast(run.state.device):
         video = render(clip, run.sprites, config["edge"])
         back = model.decode(model.encode(video)[:, :, :16]).float().clamp(-1, 1)
     for pair in zip(video, back, strict=True):

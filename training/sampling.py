@@ -10,6 +10,7 @@ from .captions import MOTIONS, Scene, held_out_pairs, plain_caption
 from .classifier import direction, displacement
 from .data import random_scene
 from .denoiser import LeanDenoiser, pad_bias, sigma_schedule
+from .progress import autocast
 from .state import State
 from .text import encode_captions, tokenize
 
@@ -59,7 +60,7 @@ def sample(
             cond, uncond = _unpatch(v, shape).chunk(2)
             x = x + (after - now) * (uncond + guidance * (cond - uncond))
         z = (x * std + mean).transpose(1, 2)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             out.append(model.decode(z).float().clamp(-1, 1))
     return torch.cat(out)
 

@@ -9,6 +9,7 @@ from .autoencoder import FullSequence
 from .bank import Bank
 from .data import load_sprites, make_batch, random_scene, render
 from .denoiser import flow_loss
+from .progress import autocast
 from .stages import Run, run_stage
 
 SPRITE_PIXELS = 448
@@ -70,7 +71,7 @@ def codec_psnr(run: Run, edge: int) -> float:
     rng, plain = random.Random(3), FullSequence(run.state.vae)
     frames = run.state.config["clip_frames"]
     scenes = make_batch([random_scene(rng, True)], rng, frames, frames).to(run.state.device)
-    with run.autocast():
+    with autocast(run.state.device):
         video = render(scenes, load_sprites(run.state.device, SPRITE_PIXELS), edge)
         back = plain.decode(plain.encode(video)[:, :, :16]).float().clamp(-1, 1)
     return -10 * math.log10((back - video).square().mean().item() / 4)

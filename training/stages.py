@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ from .captions import caption
 from .classifier import accuracy, classifier_loss, degrade
 from .data import Batch, load_sprites, make_batch, random_scene, render
 from .denoiser import LeanDenoiser, flow_loss
-from .progress import Compiler, Log, timed_loop
+from .progress import Compiler, Log, autocast, timed_loop
 from .sampling import held_out_scenes, judge, sample
 from .scenes import SceneSource
 from .state import State
@@ -41,10 +40,6 @@ class Run:
         device = self.state.device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def autocast(self) -> torch.autocast:
-        kind = self.state.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
     def pool(self, kind: str) -> Batch:
         """Scenes without captions, for the autoencoder and the classifier."""
         if kind not in self.pools:
@@ -66,14 +61,10 @@ class Run:
 
     def bank(self, kind: str) -> Bank:
         if kind not in self.banks:
-            begin = time.monotonic()
             bank = Bank(kind, self.state, self.source, self.codec, self.sprites)
             fill = self.compiler.guard(bank.fill, self.log, kind)
-            fill(self.state.config[kind]["fill_seconds"])
-            spent = time.monotonic() - begin
-            self.log.write(
-                "bank", kind=kind, rows=bank.filled, spent=spent, rate=bank.filled / spent
-            )
+            filled = fill(self.state.config[kind]["fill_seconds"])
+            self.log.write("bank", kind=kind, **filled)
             self.banks[kind] = bank
         return self.banks[kind]
 
@@ -156,7 +147,7 @@ def train_autoencoder(run: Run, reserve: float) -> None:
         else:
             scenes = run.draw("pictures", config["picture_batch"])
         video = render(scenes, run.sprites, edge)
-        with run.autocast():
+        with autocast(run.state.device):
             loss, error = autoencoder_loss(run.codec, video, config["kl"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
@@ -191,7 +182,7 @@ def train_decoder(run: Run, reserve: float) -> None:
         nonlocal count
         kind = "pictures" if count % 4 == 3 else "clips"
         video = render(run.draw(kind, config[f"{kind}_batch"]), run.sprites, edge)
-        with run.autocast():
+        with autocast(run.state.device):
             with torch.no_grad():
                 latents = run.codec.encode(video)[:, :, :16].float()
                 level = config["noise"] * torch.rand(len(video), 1, 1, 1, 1, device=video.device)
@@ -220,7 +211,7 @@ def measure_latents(run: Run, keep: bool = False) -> None:
     for kind, n in sizes.items():
         for _ in range(4):
             video = render(run.draw(kind, n), run.sprites, state.config["edge"])
-            with run.autocast():
+            with autocast(run.state.device):
                 mean = plain.encode(video)[:, :, :16]
                 back = plain.decode(mean).float().clamp(-1, 1)
             psnr[kind] = -10 * math.log10((back - video).square().mean().item() / 4)
@@ -246,7 +237,7 @@ def train_classifier(run: Run, reserve: float) -> None:
     run.judge_pool()
 
     def look(scenes: Batch) -> Tensor:
-        with torch.no_grad(), run.autocast():
+        with torch.no_grad(), autocast(run.state.device):
             frames = render(scenes, run.sprites, edge)
             half = len(frames) // 2
             passed = plain.decode(plain.encode(frames[:half])[:, :, :16]).float().clamp(-1, 1)
@@ -260,7 +251,7 @@ def train_classifier(run: Run, reserve: float) -> None:
         scale = torch.rand_like(scenes.size)
         scenes.size = torch.where(scale < 0.3, scenes.size * (0.6 + scale * 1.5), scenes.size)
         frames = degrade(look(scenes), rng).contiguous(memory_format=torch.channels_last)
-        with run.autocast():
+        with autocast(run.state.device):
             out = model(frames)
         loss = classifier_loss(out, scenes)
         loss.backward()

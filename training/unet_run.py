@@ -23,7 +23,7 @@ from .evaluator import Evaluator
 from .image_bank import ImageBank
 from .image_models import encode_prompts
 from .lean_codec import LeanCodec
-from .progress import Compiler, Log, fast_arithmetic
+from .progress import Compiler, Log, autocast, fast_arithmetic
 from .sampling import held_out_scenes
 from .scenes import SceneSource
 from .sheets import grid, stack
@@ -42,15 +42,10 @@ class UNetRun:
         self.source = SceneSource(state.config["scenes"], core, seed, 1)
         self.sprites = load_sprites(state.device, state.config["sprites"])
 
-    def autocast(self) -> torch.autocast:
-        kind = self.state.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
     def bank(self, config: dict) -> ImageBank:
         codec = LeanCodec(self.state.vae)
         bank = ImageBank(config["edge"], config, self.state, self.source, codec, self.sprites)
-        bank.fill(config["fill_seconds"])
-        self.log.write("bank", edge=config["edge"], rows=bank.filled)
+        self.log.write("bank", edge=bank.edge, **bank.fill(config["fill_seconds"]))
         return bank
 
 
@@ -105,7 +100,7 @@ def train_unet(run: UNetRun, name: str, reserve: float, last: bool) -> None:
         latents, hidden, _ = bank.sample(config["batch"])
         t = torch.randint(1000, (len(latents),), device=state.device)
         here, wanted = noised(state.alphas, latents.float(), t)
-        with run.autocast():
+        with autocast(run.state.device):
             found = state.denoiser(here, t, hidden, return_dict=False)[0]
         loss = F.mse_loss(found.float(), wanted)
         loss.backward()
