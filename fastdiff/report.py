@@ -1,11 +1,14 @@
 """Report: what ran, per layer: density, operations, time, and why calls were dense."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("fastdiff")
 
 # calls of a layer that are remembered one by one; training goes on for longer than any run
 RECENT = 1024
@@ -93,6 +96,7 @@ class Report:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     # what a method left stock unasked, by place and reason
     stock: Counter = field(default_factory=Counter)
+    _logged: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def count(self, method: str, what: str, n: float = 1) -> None:
         """Add `n` to a figure of this run that `pipe.fastdiff` prints under the method's name."""
@@ -102,6 +106,13 @@ class Report:
     def tell(self, method: str, what: str, value: Any) -> None:
         """Set a figure or a few words that `pipe.fastdiff` prints under the method's name."""
         self.methods.setdefault(method, {})[what] = value
+
+    def explain(self, method: str, what: str, reason: str) -> None:
+        """Tell why a method went another way to the same result; logged the first time."""
+        self.tell(method, what, reason)
+        if (method, what) not in self._logged:
+            self._logged.add((method, what))
+            logger.warning("%s: %s %s (further calls are only told)", method, what, reason)
 
     def reset(self) -> None:
         self.methods.clear()

@@ -4,6 +4,7 @@
 # pyright: basic
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -424,6 +425,17 @@ def test_the_report_counts_what_ran():
     assert facts["stage 2"].startswith("160x224, 4 of 6 steps, noise 0.9")
     assert not math.isnan(float(facts["windows"].partition("density ")[2]))
     assert "freeswim: stage 1" in str(pipe.fastdiff)
+
+
+@pytest.mark.parametrize("slide", ["tile", "token"])
+def test_the_report_says_why_windows_are_gathered(slide, caplog):
+    pipe = zoo.build("wan")
+    enable(pipe, "wan", slide=slide)
+    with caplog.at_level(logging.WARNING, "fastdiff"):
+        run("wan", pipe)
+    why = told(pipe).get("gathered because", "")
+    assert why.startswith("no implementation of window_attention" if slide == "token" else "")
+    assert len(caplog.records) == (slide == "token")
 
 
 def test_a_schedule_that_follows_the_size_grows_with_the_side():

@@ -125,6 +125,15 @@ def test_the_kernel_of_windows_has_the_same_ones(monkeypatch, native):
     torch.testing.assert_close(exact_window(q, k, v, plan), masked_dense(q, k, v, plan)[0])
 
 
+def test_it_says_why_windows_are_gathered():
+    plan = window_plan((3, 14, 20), trained_window((6, 9)), "token", 24, CPU)
+    q, k, v = torch.randn(3, 1, 840, 2, 8)
+    told = []
+    out = exact_window(q, k, v, plan, tell=told.append)
+    torch.testing.assert_close(out, gathered_window(q, k, v, plan))
+    assert len(told) == 1 and told[0].startswith("no implementation of window_attention")
+
+
 def test_a_grid_no_larger_than_the_window_is_dense():
     plan = window_plan((2, 5, 6), trained_window((6, 6)), "tile", 16, CPU)
     assert plan.full

@@ -44,12 +44,14 @@ class Terms(NamedTuple):
 class Attended(NamedTuple):
     """What `attend` computed: [B, S, H, D], and the kept fraction of pairs, 0-dim.
 
-    implementation: what computed it, None for the block-sparse kernel.
+    implementation: what computed it, None for the block-sparse kernel. reason: why a kernel that
+    comes first did not.
     """
 
     output: Tensor
     density: Tensor
     implementation: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,14 +198,17 @@ def by_head_groups(
 
 def exact_window(
     query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, scale: float | None = None,
+    tell: Callable[[str], None] = lambda reason: None,
 ) -> Tensor:
     """The same for windows that move by single tokens, without a block for each of them.
 
     On a GPU by the windows' own kernel, elsewhere by `gathered_window`; of the same result.
+    tell: told why the kernel cannot run, where it cannot.
     """
     try:
         impl = chosen(query, key, value)
-    except ValueError:
+    except ValueError as refusal:
+        tell(str(refusal))
         return gathered_window(query, key, value, plan, scale)
     height, width = (int(axis.high[0] - axis.low[0]) for axis in plan.axes)
     grid = plan.layout.grid

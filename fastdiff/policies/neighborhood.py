@@ -163,8 +163,9 @@ class Neighborhood(Policy):
         self, query: Tensor, key: Tensor, value: Tensor, context: Context, terms: Terms
     ) -> Attended | None:
         plan = self._plan(query, context)
+        reason = None
         if plan.window is not None:
-            impl = self._kernel(query, key, value, terms)
+            impl, reason = self._kernel(query, key, value, terms)
             if impl is not None:
                 out = window_attention(
                     query, key, value, grid=plan.window.grid, window=plan.window.window,
@@ -175,19 +176,20 @@ class Neighborhood(Policy):
         if plan.gather is None:
             return None
         out = gathered_attention(query, key, value, plan.gather, terms)
-        return Attended(out, plan.density, "gathered")
+        return Attended(out, plan.density, "gathered", reason)
 
-
-    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> str | None:
-        """What computes windows in this call; None where something else must, in path "auto"."""
+    def _kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms
+    ) -> tuple[str | None, str | None]:
+        """What computes windows in this call, or, in path "auto", why nothing can."""
         try:
             if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
                 raise ValueError("path='windows' has no gradients; path='auto' finds one that does")
-            return chosen_kernel(query, key, value, impl=terms.impl)
-        except ValueError:
+            return chosen_kernel(query, key, value, impl=terms.impl), None
+        except ValueError as refusal:
             if self.path == "windows":
                 raise
-            return None
+            return None, str(refusal)
 
 
 class Plan:

@@ -214,6 +214,7 @@ class Upscale:
             method.name, "windows", f"{_sides(plan.axes)} of {plan.layout.grid[1]}x"
             f"{plan.layout.grid[2]} tokens, by {'token' if plan.single else 'tile'} {plan.tile}, "
             f"density {plan.density:.3f}")
+        dual.on_gather = lambda reason: report.explain(method.name, "gathered because", reason)
         stack.enter_context(dual.entered(self.models))
 
     def _token(self) -> int:

@@ -78,6 +78,7 @@ class DualPath:
         self.layout: TokenLayout | None = None
         self.plans: dict[Grid, WindowPlan] = {}
         self.on_plan: Callable[[WindowPlan], None] = lambda plan: None
+        self.on_gather: Callable[[str], None] = lambda reason: None
         self._cross, self._batched, self._count = cross, batched, count
         self._layers = 0
         self._keys: dict[int, set[int]] = {}
@@ -240,7 +241,7 @@ class DualPath:
             return attend(query, key, value, None)
         rows = slice(0, turn.rows)
         if plan.single:
-            out = exact_window(query[rows], key[rows], value[rows], plan, scale)
+            out = exact_window(query[rows], key[rows], value[rows], plan, scale, self.on_gather)
         else:
             out, _ = tiled_window(query[rows], key[rows], value[rows], plan, scale)
         if turn.kind != "guide":

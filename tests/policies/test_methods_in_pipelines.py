@@ -4,6 +4,7 @@
 # pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
 
 import json
+import logging
 import typing
 
 import pytest
@@ -110,6 +111,19 @@ def test_any_size(family, variant, pairs):
         latents, report = fast(family, pipe, variant, grid=grid)
         assert latents.isfinite().all()
         assert report.summary()["sparse_calls"] == CALLS[family]
+
+
+def test_a_kernel_that_cannot_run_is_told(caplog):
+    """On a CPU single windows are gathered, with the same result, and the report says why."""
+    pipe = zoo.build("wan")
+    pipe.enable_fastdiff("neighborhood", **options("wan", "neighborhood sliding")[1])
+    with caplog.at_level(logging.WARNING, "fastdiff"):
+        zoo.call("wan", pipe)
+        zoo.call("wan", pipe)
+    told = pipe.fastdiff.report.methods["neighborhood"]["gathered because"]
+    assert told.startswith("no implementation of window_attention for torch.float32")
+    assert f"neighborhood: gathered because {told}" in str(pipe.fastdiff)
+    assert [told in record.message for record in caplog.records] == [True]
 
 
 def test_vmoba_cycles_over_the_layers():

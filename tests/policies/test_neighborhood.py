@@ -168,16 +168,25 @@ def test_auto_takes_the_kernel_of_windows_where_it_runs():
     layout = TokenLayout((4, 8, 8), 0, 3)
     q, k, v = qkv(layout, 1)
 
-    def ran(impl="auto", layer=0, **options):
+    def attended(impl="auto", layer=0, **options):
         policy = Neighborhood(window=(2, 4, 4), stride=(1, 1, 1), **options)
-        attended = policy.attend(q, k, v, context_of(layout, layer), Terms(impl=impl))
-        assert attended is not None
-        return attended.implementation
+        found = policy.attend(q, k, v, context_of(layout, layer), Terms(impl=impl))
+        assert found is not None
+        return found
+
+    def ran(*args, **options):
+        return attended(*args, **options).implementation
+
+    def why(*args, **options):
+        return attended(*args, **options).reason
 
     assert ran("reference") == "windows, reference"
     # not on a CPU, and not what it cannot compute
     assert ran() == ran("torch") == "gathered"
     assert ran("reference", sink=1) == ran("reference", path="gathered") == "gathered"
+    assert "gluon: device cpu is not an NVIDIA GPU" in (why() or "")
+    assert "got 'torch'" in (why("torch") or "")
+    assert why("reference") is None and why(path="gathered") is None and why(sink=1) is None
     dilated = Neighborhood(window=(2, 4, 4), stride=(1, 1, 1), alternate=True)
     assert dilated.exact_window(layout, (2, 4, 4), 0) is not None
     assert dilated.exact_window(layout, (2, 4, 4), 1) is None
@@ -186,6 +195,7 @@ def test_auto_takes_the_kernel_of_windows_where_it_runs():
         run(asked, q, k, v, layout)
     with pytest.raises(ValueError, match="path='windows' has no gradients"):
         run(asked, q.requires_grad_(), k, v, layout, 0, Terms(impl="reference"))
+    assert "has no gradients" in (why("reference") or "")
 
 
 @paths
