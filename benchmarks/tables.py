@@ -248,6 +248,12 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "tokens-time": ("tokens_cuda.json", _told(token_tables.times, _rounds)),
     "tokens-overhead": ("tokens_cuda.json", _told(
         token_tables.overhead, lambda result: "median of 20, one block at a time, float16")),
+    "tokens-time-graph": ("tokens_cuda_graph.json", _told(
+        token_tables.times, token_tables.graph_note)),
+    "tokens-time-compiled": ("tokens_cuda_compiled.json", _told(
+        token_tables.times, lambda result: f"transformer layers compiled; {_rounds(result)}")),
+    "tokens-overhead-graph": ("tokens_cuda_graph.json", _told(
+        token_tables.overhead, lambda result: "replayed as CUDA graphs, float16")),
     "tokens-quality": ("tokens_quality_tiny-unet_cuda.json", _told(
         token_tables.quality, lambda result: f"{result['settings']['prompts']} prompts")),
 }

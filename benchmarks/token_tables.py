@@ -18,13 +18,33 @@ def times(result: Row) -> Table:
 
 
 def overhead(result: Row) -> Table:
-    """What ranking, gathering and recovering cost, a block, in half precision."""
-    rows = [[f"{row['edge']} px", row["layout"], f"{row['tokens']:,}", f"{row['kept']:,}",
-             str(row["blocks"]), row["part"], f"{row['seconds'] * 1e6:.0f}",
-             f"{row['p20'] * 1e6:.0f} to {row['p80'] * 1e6:.0f}"]
-            for row in result["settings"]["overhead"] if row["dtype"] == "torch.float16"]
+    """What ranking, gathering and recovering cost, a block, in half precision.
+
+    The share is that of all blocks in one stock forward of the same size and dtype.
+    """
+    stock = {(row["edge"], row["dtype"]): row["seconds"] for row in result["rows"]
+             if row["variant"] == "stock" and "edge" in row}
+    rows = []
+    for row in result["settings"]["overhead"]:
+        if row["dtype"] != "torch.float16":
+            continue
+        share = row["seconds"] * row["blocks"] / stock[row["edge"], row["dtype"]]
+        rows.append([f"{row['edge']} px", row["layout"], f"{row['tokens']:,}",
+                     f"{row['kept']:,}", str(row["blocks"]), row["part"],
+                     f"{row['seconds'] * 1e6:.0f}",
+                     f"{row['p20'] * 1e6:.0f} to {row['p80'] * 1e6:.0f}", f"{share:.1%}"])
     return ["picture", "layout", "tokens", "kept", "blocks", "part", "us a block",
-            "p20 to p80"], rows
+            "p20 to p80", "share of a step"], rows
+
+
+def graph_note(result: Row) -> str:
+    """How the graphs were timed, and who has none."""
+    note = (f"every forward captured into a CUDA graph, stock too, and replayed: the GPU without "
+            f"the host; median of {result['rows'][0]['repeats']}, in turn")
+    reasons = {name: reason for found in result["settings"]["not_captured"].values()
+               for name, reason in found.items()}
+    return note + "".join(f"; {name} cannot be captured: {reason}"
+                          for name, reason in reasons.items())
 
 
 def quality(result: Row) -> Table:

@@ -1,8 +1,11 @@
 """Token methods on the full-size SDXL UNet with random weights against SDPA; query-skip on Wan.
 
 python benchmarks/tokens_gpu.py            # 1024 and 2048, fp16 and bf16; 3 minutes on an H200
-python benchmarks/tokens_gpu.py --compile  # the same under torch.compile, fewer variants; longer
-python benchmarks/tokens_gpu.py --tiny     # a smoke run on a CPU
+python benchmarks/tokens_gpu.py --graph    # each forward in a CUDA graph: the GPU without the host
+python benchmarks/tokens_gpu.py --compile  # transformer layers compiled, fewer variants
+python benchmarks/tokens_gpu.py --compile --graph  # both
+python benchmarks/tokens_gpu.py --sweep    # settings of the ranking kernels
+python benchmarks/tokens_gpu.py --tiny     # a smoke run on a CPU, with any of the above
 
 One forward of a batch of two (classifier-free guidance) in the middle of a run of 50 steps. All
 variants run in turn, round after round. The time of pruning does not depend on the weights; what
@@ -25,112 +28,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record  # noqa: E402
 from denoisers import ARCHITECTURES, materialise  # noqa: E402
+from token_models import (  # noqa: E402
+    STEPS,
+    enabled,
+    inputs_of,
+    linfusion_weights,
+    materialised,
+    variants,
+)
+from token_modes import graphed, modes, rows_of, seconds_of  # noqa: E402
+from token_sweep import sweep  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.kernels.column_mass import column_mass, row_lse  # noqa: E402
 from fastdiff.method import Method  # noqa: E402
-from fastdiff.tokens.at_edm import AtEdm, rank_by_attention  # noqa: E402
-from fastdiff.tokens.kv_downsample import KVDownsample  # noqa: E402
-from fastdiff.tokens.linfusion import LinFusion  # noqa: E402
-from fastdiff.tokens.linfusion_format import LinearLayer, places, write  # noqa: E402
+from fastdiff.tokens.at_edm import rank_by_attention  # noqa: E402
 from fastdiff.tokens.query_skip import QuerySkip  # noqa: E402
 from fastdiff.tokens.rank import parted, rows, stand_ins  # noqa: E402
-from fastdiff.tokens.tome import ToMe  # noqa: E402
-from fastdiff.tokens.zero_tprune import ZeroTPrune  # noqa: E402
-
-STEPS = 50
-STOCK = "stock"
-
-
-def sdxl(tiny: bool) -> nn.Module:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128, in_channels=4, out_channels=4,
-        block_out_channels=(32, 64, 64) if tiny else (320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1 if tiny else 2, transformer_layers_per_block=(1, 2, 3 if tiny else 10),
-        attention_head_dim=(2, 4, 4) if tiny else (5, 10, 20),
-        cross_attention_dim=64 if tiny else 2048, norm_num_groups=8 if tiny else 32,
-        use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8 if tiny else 256,
-        projection_class_embeddings_input_dim=80 if tiny else 2816,
-    )
-
-
-def materialised(dtype: torch.dtype, device: str, tiny: bool) -> nn.Module:
-    with torch.device("meta"):
-        model = sdxl(tiny)
-    model = nn.Module.to(model, dtype).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02, generator=generator)
-    return model
-
-
-def inputs_of(edge: int, dtype: torch.dtype, device: str, tiny: bool) -> dict[str, Any]:
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    cells = edge // 8
-    return {
-        "sample": randn(2, 4, cells, cells), "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": randn(2, 77, 64 if tiny else 2048),
-        "added_cond_kwargs": {"text_embeds": randn(2, 32 if tiny else 1280),
-                              "time_ids": randn(2, 6)},
-    }
-
-
-def linfusion_weights(model: nn.Module, folder: Path) -> None:
-    """Random weights of the published shapes for SDXL: added projections of a sixteenth."""
-    layers = {}
-    for place in places(model):
-        place = place._replace(hidden=max(4, place.width // 16))
-        with torch.device("meta"):
-            layer = LinearLayer(place)
-        layer = layer.to(torch.float16).to_empty(device="cpu")
-        for parameter in layer.parameters():
-            torch.nn.init.constant_(parameter, 0.01)
-        layers[place] = layer
-    write(folder, layers)
-
-
-def variants(folder: Path, few: bool) -> dict[str, tuple[Method, ...]]:
-    off: dict[str, Any] = {"guard": False}
-    keys = KVDownsample(min_tokens=0, **off)
-    found: dict[str, tuple[Method, ...]] = {
-        STOCK: (),
-        "at-edm": (AtEdm(**off),),
-        "kv-downsample": (keys,),
-        "at-edm + kv-downsample": (AtEdm(**off), keys),
-        "at-edm, guarded": (AtEdm(layout="all"),),
-        "at-edm, all blocks": (AtEdm(layout="all", **off),),
-        "at-edm, 5 iterations": (AtEdm(iterations=5, **off),),
-        "at-edm, increment": (AtEdm(recover="increment", **off),),
-        "zero-tprune": (ZeroTPrune(**off),),
-        "kv-downsample, guarded": (KVDownsample(min_tokens=0),),
-        "tome 0.5": (ToMe(),),
-        "linfusion": (LinFusion(weights=str(folder)),),
-    }
-    return {name: methods for i, (name, methods) in enumerate(found.items()) if not few or i < 4}
 
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def enabled(model: nn.Module, methods: tuple[Method, ...], middle: int = STEPS // 2) -> Any:
-    """The model with these methods, in the middle of a run."""
-    fastdiff.disable(model)
-    if not methods:
-        return None
-    handle = fastdiff.enable(model, *methods, strict=True)
-    handle.clock.begin(STEPS)
-    for _ in range(middle):
-        handle.clock.advance()
-    return handle
 
 
 @torch.no_grad()
@@ -170,54 +89,17 @@ def in_turn(
                         torch.cuda.max_memory_allocated() / 2**30, 3),
                 }
     fastdiff.disable(model)
-    against = next(iter(seconds))
-    base, found = record.spread(seconds[against])["seconds"], []
-    for name, times in seconds.items():
-        spread = record.spread(times)
-        found.append({"variant": name, "against": against, **spread,
-                      "speedup": base / spread["seconds"], **facts[name]})
-        print(f"  {name:<26} {spread['seconds'] * 1e3:9.2f} ms ({spread['p20'] * 1e3:.2f} to "
-              f"{spread['p80'] * 1e3:.2f})  {base / spread['seconds']:5.2f}x", flush=True)
-    return found
+    return rows_of(seconds, facts)
 
 
 @torch.no_grad()
-def compiled(
-    dtype: torch.dtype, edge: int, chosen: dict[str, tuple[Method, ...]], repeats: int,
-    device: str, tiny: bool,
+def overhead(
+    edge: int, dtype: torch.dtype, device: str, tiny: bool, graph: bool
 ) -> list[dict[str, Any]]:
-    """Each variant on a model of its own, compiled whole, then all in turn."""
-    models, seconds, first = {}, {name: [] for name in chosen}, {}
-    inputs = inputs_of(edge, dtype, device, tiny)
-    for name, methods in chosen.items():
-        model = materialised(dtype, device, tiny)
-        enabled(model, methods)
-        models[name] = torch.compile(model, fullgraph=True, backend="eager" if tiny else "inductor")
-        begin = time.perf_counter()
-        for _ in range(2):
-            models[name](**inputs, return_dict=False)
-        synchronize(device)
-        first[name] = time.perf_counter() - begin
-        print(f"  {name} compiled in {first[name]:.0f} s", flush=True)
-    for _ in range(repeats):
-        for name, model in models.items():
-            begin = time.perf_counter()
-            model(**inputs, return_dict=False)
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - begin)
-    base, found = record.spread(seconds[STOCK])["seconds"], []
-    for name, times in seconds.items():
-        spread = record.spread(times)
-        found.append({"variant": name, "against": STOCK, **spread,
-                      "speedup": base / spread["seconds"], "compile_seconds": first[name]})
-        print(f"  {name:<26} {spread['seconds'] * 1e3:9.2f} ms  "
-              f"{base / spread['seconds']:5.2f}x compiled", flush=True)
-    return found
+    """Where the extra time of at-edm goes, for one block of each level.
 
-
-@torch.no_grad()
-def overhead(edge: int, dtype: torch.dtype, device: str, tiny: bool) -> list[dict[str, Any]]:
-    """Where the extra time of at-edm goes, for one block of each level and for all its blocks."""
+    One call at a time with the host waiting, or its graph replayed many times.
+    """
     cells, found = edge // 8, []
     levels = [("all blocks", 2, 64 if tiny else 640, 4 if tiny else 10, 5),
               ("dagger", 4, 64 if tiny else 1280, 4 if tiny else 20, 6)]
@@ -244,7 +126,10 @@ def overhead(edge: int, dtype: torch.dtype, device: str, tiny: bool) -> list[dic
         }
         for part, run in parts.items():
             times = []
-            for turn in range(-3, 5 if tiny else 20):
+            if graph:
+                replay, _ = graphed(run, lambda: None, device)
+                times = [seconds_of(replay, device, 20) for _ in range(5 if tiny else 20)]
+            for turn in range(0 if graph else -3, 0 if graph else 5 if tiny else 20):
                 synchronize(device)
                 begin = time.perf_counter()
                 run()
@@ -287,48 +172,89 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=170, help="no new round after these")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--graph", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("-o", "--output", type=Path, default=record.RESULTS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tiny:
         args.edges, args.dtypes, args.repeats = [256], ["float32"], 3
-    begin = time.perf_counter()
-    plans = [(edge, dtype) for dtype in args.dtypes for edge in args.edges]
-    share = args.seconds / (len(plans) + 1)
-    result: list[dict[str, Any]] = []
-    split: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, (edge, name) in enumerate(plans):
-            dtype = getattr(torch, name)
-            about = {"model": "sdxl", "edge": edge, "dtype": str(dtype), "batch": 2,
-                     "compiled": args.compile, "tiny": args.tiny}
-            print(f"SDXL UNet, {edge} x {edge}, {name}", flush=True)
-            if args.compile:
-                few = variants(Path(folder), few=True)
-                rows_found = compiled(dtype, edge, few, args.repeats, device, args.tiny)
-            else:
-                model = materialised(dtype, device, args.tiny)
-                if not (Path(folder) / "config.json").exists():
-                    linfusion_weights(model, Path(folder))
-                inputs = inputs_of(edge, dtype, device, args.tiny)
-                rows_found = in_turn(model, inputs, variants(Path(folder), few=False),
-                                     args.repeats, device, begin + share * (number + 1))
-                split += [{**about, **row} for row in overhead(edge, dtype, device, args.tiny)]
-                del model
-            result += [{**about, **row} for row in rows_found]
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    if not args.compile:
-        result += [{"tiny": args.tiny, **row} for row in
-                   skipping(args.repeats, device, args.tiny, begin + args.seconds)]
-    suffix = ("_compiled" if args.compile else "") + ("_tiny" if args.tiny else "")
-    settings = {"repeats": args.repeats, "edges": args.edges, "dtypes": args.dtypes,
-                "overhead": split}
+    tiny = "_tiny" if args.tiny else ""
+    if args.sweep:
+        path = args.output / f"tokens_sweep_{device}{tiny}.json"
+        sweep(3 if args.tiny else 7, device, args.tiny,
+              lambda rows: record.write(path, "tokens sweep", device, {}, rows))
+        print(path)
+        return
+    suffix = ("_compiled" if args.compile else "") + ("_graph" if args.graph else "") + tiny
     path = args.output / f"tokens_{device}{suffix}.json"
-    record.write(path, "tokens", device, settings, result)
-    print(f"{path}, {time.perf_counter() - begin:.0f} s")
+    Sizes(args, device, path).run()
+    print(path)
+
+
+class Sizes:
+    """All sizes and dtypes, one after the other, and what has been found so far."""
+
+    def __init__(self, args: argparse.Namespace, device: str, path: Path) -> None:
+        self.args, self.device, self.path = args, device, path
+        self.begin = time.perf_counter()
+        self.result: list[dict[str, Any]] = []
+        self.split: list[dict[str, Any]] = []
+        self.left_out: dict[str, dict[str, str]] = {}
+
+    def run(self) -> None:
+        args = self.args
+        plans = [(edge, dtype) for dtype in args.dtypes for edge in args.edges]
+        plain = not args.compile and not args.graph
+        share = args.seconds / (len(plans) + plain)
+        with tempfile.TemporaryDirectory() as folder:
+            for number, (edge, name) in enumerate(plans):
+                print(f"SDXL UNet, {edge} x {edge}, {name}, after {self.spent():.0f} s", flush=True)
+                self.one(edge, name, Path(folder), self.begin + share * (number + 1))
+                self.save()
+                gc.collect()
+                if self.device == "cuda":
+                    torch.cuda.empty_cache()
+        if plain:
+            self.result += [{"tiny": args.tiny, **row} for row in
+                            skipping(args.repeats, self.device, args.tiny,
+                                     self.begin + args.seconds)]
+            self.save()
+
+    def one(self, edge: int, name: str, folder: Path, until: float) -> None:
+        """One size and dtype; variants go on in turn until `until`."""
+        args, device, dtype = self.args, self.device, getattr(torch, name)
+        about = {"model": "sdxl", "edge": edge, "dtype": str(dtype), "batch": 2,
+                 "compiled": args.compile, "graph": args.graph, "tiny": args.tiny}
+        with torch.no_grad():
+            model = materialised(dtype, device, args.tiny)
+            if not (folder / "config.json").exists():
+                linfusion_weights(model, folder)
+        chosen = variants(folder, few=args.compile)
+        if args.compile or args.graph:
+            del model
+            found, self.left_out[f"{edge} px, {name}"] = modes(
+                edge, dtype, chosen, args.repeats, device, args.tiny, until, args.compile,
+                args.graph)
+        else:
+            found = in_turn(model, inputs_of(edge, dtype, device, args.tiny), chosen,
+                            args.repeats, device, until)
+        print(f"  forwards timed after {self.spent():.0f} s", flush=True)
+        self.result += [{**about, **row} for row in found]
+        if not args.compile:
+            self.split += [{**about, **row} for row in
+                           overhead(edge, dtype, device, args.tiny, args.graph)]
+            print(f"  parts timed after {self.spent():.0f} s", flush=True)
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def save(self) -> None:
+        settings = {"repeats": self.args.repeats, "edges": self.args.edges,
+                    "dtypes": self.args.dtypes, "overhead": self.split,
+                    "not_captured": self.left_out}
+        record.write(self.path, "tokens", self.device, settings, self.result)
 
 
 if __name__ == "__main__":
