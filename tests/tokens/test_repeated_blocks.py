@@ -3,6 +3,8 @@
 # diffusers exports its classes lazily; no type is checked here
 # pyright: basic, reportPrivateImportUsage=false
 
+from typing import Any
+
 import pytest
 import torch
 import zoo
@@ -12,7 +14,7 @@ from fastdiff.tokens.at_edm import AtEdm
 from fastdiff.tokens.kv_downsample import KVDownsample
 from fastdiff.tokens.zero_tprune import ZeroTPrune
 
-OFF = {"guard": False}
+OFF: dict[str, Any] = {"guard": False}
 CASES = {
     "at-edm": (AtEdm(early_steps=1, **OFF),),
     "at-edm, increment": (AtEdm(recover="increment", early_steps=0, **OFF),),
