@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
@@ -51,6 +52,17 @@ def dense_kernel(name: str) -> Iterator[None]:
             yield
     finally:
         F.scaled_dot_product_attention = stock
+
+
+def dense_call(name: str, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """A call of dense attention on this kernel; all [B, S, H, D], the result [B, H, S, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+
+    def run() -> Tensor:
+        with dense_kernel(name):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return run
 
 
 def _flash_4_installed() -> bool:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import record  # noqa: E402
-from dense_kernels import dense_kernel, kernels  # noqa: E402
-from timing import Run, clocks, host_microseconds, interleaved  # noqa: E402
+from dense_kernels import dense_call, kernels  # noqa: E402
+from timing import Run, clocks, host_microseconds, tried  # noqa: E402
 
 from fastdiff.kernels.block_sparse_attention import (  # noqa: E402
     block_sparse_attention,
@@ -104,18 +103,9 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, R
                            generator=g) for _ in range(3))
     runs: dict[str, Run] = {}
 
-    def dense(kernel: str) -> Run:
-        heads = [x.transpose(1, 2) for x in (q, k, v)]
-
-        def run() -> torch.Tensor:
-            with dense_kernel(kernel):
-                return F.scaled_dot_product_attention(*heads)
-
-        return run
-
     for kernel in kernels(device):
         if kernel not in ("default", "math") or device == "cpu":
-            runs[f"dense {kernel}"] = dense(kernel)
+            runs[f"dense {kernel}"] = dense_call(kernel, q, k, v)
     block = 128
     q_offsets, k_offsets = (offsets_of(shape.tokens, n, device) for n in (block, shape.block_k))
     blocks, key_blocks = len(q_offsets) - 1, len(k_offsets) - 1
@@ -179,16 +169,7 @@ def flex(q: Any, k: Any, v: Any, indices: Any, counts: Any) -> Run:
 def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[dict[str, Any]]:
     runs, density = candidates(shape, device, impls)
     base = {**shape._asdict(), "density": density}
-    rows, working = [], {}
-    for name, run in runs.items():
-        try:
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            working[name] = run
-        except Exception as error:  # what cannot run here is a row that says why
-            rows.append({**base, "what": name, "failed": f"{type(error).__name__}: {error}"[:300]})
-    times = interleaved(working, rounds, device)
+    rows, times = tried(runs, rounds, device, base)
     best = min(record.spread(times[name])["seconds"] for name in times if name.startswith("dense"))
     for name, found in times.items():
         row = {**base, "what": name, **record.spread(found)}
@@ -200,7 +181,7 @@ def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[di
             row["speedup"] = best / row["seconds"]
             row["efficiency"] = best * density / row["seconds"]
         if device == "cuda" and shape.tokens < 10_000:
-            row["host_microseconds"] = host_microseconds(working[name])
+            row["host_microseconds"] = host_microseconds(runs[name])
         rows.append(row)
     return rows
 

@@ -24,6 +24,25 @@ def interleaved(runs: dict[str, Run], rounds: int, device: str) -> dict[str, lis
     return found
 
 
+def tried(
+    runs: dict[str, Run], rounds: int, device: str, about: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Rows of the candidates that cannot run here, with why, and `interleaved` of the others.
+
+    about: the rest of such a row.
+    """
+    rows, working = [], {}
+    for name, run in runs.items():
+        try:
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            working[name] = run
+        except Exception as error:  # what cannot run here is a row that says why
+            rows.append({**about, "what": name, "failed": f"{type(error).__name__}: {error}"[:300]})
+    return rows, interleaved(working, rounds, device)
+
+
 def _timed_cuda(run: Run, calls: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "kernels")]
 
 import record  # noqa: E402
-from dense_kernels import dense_kernel, kernels  # noqa: E402
-from timing import Run, clocks, interleaved  # noqa: E402
+from dense_kernels import dense_call, kernels  # noqa: E402
+from timing import Run, clocks, tried  # noqa: E402
 from window_cases import Case, check  # noqa: E402
 
 from fastdiff.kernels.window_attention import (  # noqa: E402
@@ -176,22 +175,13 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> dict[str, Run]:
     q, k, v = (torch.randn(1, tokens, shape.heads, shape.dim, device=device, dtype=dtype,
                            generator=g) for _ in range(3))
 
-    def dense(kernel: str) -> Run:
-        heads = [x.transpose(1, 2) for x in (q, k, v)]
-
-        def run() -> torch.Tensor:
-            with dense_kernel(kernel):
-                return F.scaled_dot_product_attention(*heads)
-
-        return run
-
     def windows(impl: str) -> Run:
         return lambda: window_attention(q, k, v, grid=shape.grid, window=shape.window,
                                         stride=shape.stride, impl=impl)
 
     # the best dense kernel of large shapes is cuDNN's or flash-attn-4's: docs/kernels.md
     names = [n for n in kernels(device) if n in ("cudnn", "flash-attn-4")] or ["default"]
-    runs = {f"dense {name}": dense(name) for name in names}
+    runs = {f"dense {name}": dense_call(name, q, k, v) for name in names}
     runs |= {impl: windows(impl) for impl in impls}
     if shape.flex and device == "cuda":
         runs["FlexAttention"] = flex(q, k, v, shape)
@@ -233,16 +223,7 @@ def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[di
     tokens = window.tokens + shape.text
     density = 1 - (window.tokens**2 - window.pairs) / tokens**2
     base = {**shape._asdict(), "density": density}
-    rows, working = [], {}
-    for name, run in runs.items():
-        try:
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            working[name] = run
-        except Exception as error:  # what cannot run here is a row that says why
-            rows.append({**base, "what": name, "failed": f"{type(error).__name__}: {error}"[:300]})
-    times = interleaved(working, rounds, device)
+    rows, times = tried(runs, rounds, device, base)
     dense = [record.spread(times[name])["seconds"] for name in times if name.startswith("dense")]
     for name, found in times.items():
         row = {**base, "what": name, **record.spread(found)}
