@@ -63,7 +63,7 @@ def run_group(group: list[Case], device: str, impl: str) -> list[tuple[str, floa
     for case in group:
         try:
             error, allowed = check(case.build(device), impl)
-            rows.append((repr(case), error / allowed, ""))
+            rows.append((repr(case), record.share(error, allowed), ""))
         except Exception as failure:  # every kind of failure is a result here
             rows.append((repr(case), float("nan"), f"{type(failure).__name__}: {failure}"[:200]))
     return rows

@@ -45,6 +45,14 @@ def spread(seconds: list[float]) -> dict[str, float]:
             "repeats": len(ordered)}
 
 
+def share(error: float, allowed: float) -> float:
+    """Error over what is allowed, 0 to 1: of nothing it is 0. AssertionError where it is more."""
+    # not >, so that NaN is more
+    if not error <= allowed:
+        raise AssertionError(f"error {error:.3g}, allowed {allowed:.3g}")
+    return error / allowed if allowed else 0.0
+
+
 def write(path: Path, benchmark: str, device: str, settings: dict, rows: list[dict]) -> None:
     """Atomically write one result file."""
     content = {"benchmark": benchmark, "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -122,7 +122,7 @@ def one_case(impl: str, device: str, case: Case) -> tuple[float, str] | None:
         return None
     try:
         error, allowed = check(case, device, impl)
-        return error / allowed, ""
+        return record.share(error, allowed), ""
     except Exception as wrong:  # every kind of failure is a result here
         return math.nan, f"{case!r}: {type(wrong).__name__}: {wrong}"[:400]
 

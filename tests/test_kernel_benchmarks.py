@@ -6,9 +6,12 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import kernel_cases  # noqa: E402
+import record  # noqa: E402
 from timing import tried  # noqa: E402
 
 
@@ -19,3 +22,26 @@ def test_what_cannot_run_is_a_row_and_the_rest_is_timed():
     rows, times = tried({"a": refuses, "b": lambda: torch.ones(2)}, 3, "cpu", {"name": "tiny"})
     assert rows == [{"name": "tiny", "what": "a", "failed": "ValueError: not on this card"}]
     assert list(times) == ["b"] and len(times["b"]) == 3 and min(times["b"]) > 0
+
+
+@pytest.mark.parametrize(("error", "allowed", "found"), [(0.0, 0.0, 0.0), (0.0, 2.0, 0.0),
+                                                         (1.0, 4.0, 0.25), (2.0, 2.0, 1.0)])
+def test_share_of_what_is_allowed(error, allowed, found):
+    assert record.share(error, allowed) == found
+
+
+@pytest.mark.parametrize(("error", "allowed"), [(1e-9, 0.0), (3.0, 2.0), (float("nan"), 0.0),
+                                                (float("nan"), 1.0)])
+def test_more_than_is_allowed_has_failed(error, allowed):
+    with pytest.raises(AssertionError, match="allowed"):
+        record.share(error, allowed)
+
+
+def test_a_case_without_any_key_is_right_when_it_gives_zeros():
+    cases = [kernel_cases.Case(keys=1, queries=5, masked=True, seed=seed) for seed in range(12)]
+    hidden = [not case.build()["key_mask"].any() for case in cases]
+    assert any(hidden) and not all(hidden)
+    rows = kernel_cases.run_group(cases, "cpu", "torch")
+    assert [wrong for _, _, wrong in rows] == [""] * len(cases)
+    for (_, ratio, _), nothing in zip(rows, hidden, strict=True):
+        assert 0 <= ratio <= 1 and (ratio == 0 or not nothing)
