@@ -36,6 +36,9 @@ from fastdiff.kernels.token_permute import permute_tokens, unpermute_tokens  # n
 from fastdiff.kernels.window_attention import window_attention  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
+# how the tools begin their own lines, and what is kept of a failure
+MARK = "========="
+MARKED, LAST, WIDTH = 12, 5, 200
 HALF = torch.float16
 
 
@@ -146,8 +149,18 @@ def child(name: str, tool: list[str], seconds: float) -> dict[str, Any]:
     if summary:
         row["summary"] = summary[-1]
     if done.returncode:
-        row["failed"] = text[-1500:]
+        row["failed"] = cause(text)
     return row
+
+
+def cause(text: str) -> str:
+    """What says why a process failed: the tool's first lines, the first error, the last lines."""
+    lines = [line.rstrip()[:WIDTH] for line in text.splitlines() if line.strip("= ")]
+    marked = [i for i, line in enumerate(lines) if line.startswith(MARK)][:MARKED]
+    errors = [i for i, line in enumerate(lines)
+              if not line.startswith(MARK) and ("Error" in line or "error" in line)][:1]
+    last = range(max(0, len(lines) - LAST), len(lines))
+    return "\n".join(lines[i] for i in sorted({*marked, *errors, *last}))
 
 
 def main(words: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kernel_cases  # noqa: E402
 import record  # noqa: E402
+import sanitize  # noqa: E402
 from timing import tried  # noqa: E402
 
 
@@ -45,3 +46,23 @@ def test_a_case_without_any_key_is_right_when_it_gives_zeros():
     assert [wrong for _, _, wrong in rows] == [""] * len(cases)
     for (_, ratio, _), nothing in zip(rows, hidden, strict=True):
         assert 0 <= ratio <= 1 and (ratio == 0 or not nothing)
+
+
+def test_a_sanitizer_failure_keeps_its_cause():
+    report = [f"========= line {i}" for i in range(40)]
+    frames = [f"  frame {i}" + 500 * "." for i in range(90)]
+    traceback = ["RuntimeError: an illegal access", *frames]
+    kept = sanitize.cause("\n".join(["ran", "========= ", *report, "", *traceback])).splitlines()
+    assert kept[:12] == report[:12] and kept[12] == traceback[0]
+    assert [line[:10] for line in kept[13:]] == [f"  frame {i}" for i in range(85, 90)]
+    assert max(map(len, kept)) <= 200
+
+
+@pytest.mark.parametrize("text", ["", "killed", "========= a\nan error\n========= b"])
+def test_a_short_failure_is_kept_whole(text):
+    assert sanitize.cause(text) == text
+
+
+def test_a_process_that_fails_says_why():
+    row = sanitize.child("no such kernel", [], 60)
+    assert row["exit"] and "invalid choice: 'no such kernel'" in row["failed"]
