@@ -11,18 +11,30 @@ import torch
 __all__ = ["interpreting", "triton_reasons"]
 
 CAPABILITY = (8, 0)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 256)
 
 
-def triton_reasons(device: torch.device) -> list[str]:
-    """Why Triton cannot run on `device`; nothing means that it can."""
+def triton_reasons(
+    device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> list[str]:
+    """Why no Triton kernel of ours can run; nothing means that it can.
+
+    dtype, head_dim: None for a kernel that takes any.
+    """
     if not _installed():
         return ["triton is not installed"]
+    reasons = []
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
-            return [f"compute capability is below {CAPABILITY}"]
+            reasons.append(f"compute capability is below {CAPABILITY}")
     elif device.type != "cpu" or not interpreting():
-        return [f"device {device} is neither a GPU nor a CPU under TRITON_INTERPRET=1"]
-    return []
+        reasons.append(f"device {device} is neither a GPU nor a CPU under TRITON_INTERPRET=1")
+    if dtype is not None and dtype not in DTYPES:
+        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
+    if head_dim is not None and not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
+        reasons.append(f"head_dim {head_dim} is outside {HEAD_DIMS}")
+    return reasons
 
 
 @functools.cache

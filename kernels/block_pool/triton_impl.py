@@ -7,14 +7,11 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import triton_reasons
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIM = 1024
 
 
 def not_supported_reasons(x: Tensor) -> list[str]:
-    reasons = triton_reasons(x.device)
-    if x.dtype not in DTYPES:
-        reasons.append(f"dtype {x.dtype} is not one of {DTYPES}")
+    reasons = triton_reasons(x.device, x.dtype)
     if x.shape[-1] > HEAD_DIM:
         reasons.append(f"head_dim {x.shape[-1]} is above {HEAD_DIM}")
     if x.stride(-1) != 1:

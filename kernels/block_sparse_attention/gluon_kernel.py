@@ -18,10 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastdiff.kernels.hopper_kernel import LOWEST, NOTHING, left, row_sum, shift, take
+
 SIZES = ["sob", "sos", "soh", "SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M", "WORK", "TAIL_TILES"]
-# stands for minus infinity, and what no real score falls below
-LOWEST = gl.constexpr(-1e30)
-NOTHING = gl.constexpr(-1e20)
 # why a tile of keys is masked: blocks that end within it, or keys that count for nobody
 SHORT = gl.constexpr(1)
 DIRTY = gl.constexpr(2)
@@ -32,21 +31,6 @@ def _place(w, NQ, H):
     """Row of the lists -> (batch, head, query block); heads outermost, K stays in L2."""
     i_bh = w // NQ
     return i_bh // H, i_bh % H, w % NQ
-
-
-@gluon.jit
-def _shift(m, GUARD: gl.constexpr):
-    """What to take off the scores; a row that has seen no key yet keeps exp2(LOWEST) at zero."""
-    if GUARD:
-        return gl.where(m > NOTHING, m, 0.0)
-    else:
-        return m
-
-
-@gluon.jit
-def _read(box):
-    """A number that the producer left, known to every thread of a warpgroup."""
-    return gl.max(box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -170,21 +154,11 @@ def _producer(
                     v_desc, [i_b, starts[r], i_kh, 0], v_full.index(st),
                     v_smem.index(st).slice(r * SUB, SUB, 1))
             i_kv += 1
-        # whoever is done takes the next item: rows differ in length
-        number = gl.atomic_add(taken, 1)
-        # as many are taken as there are items, the last ones in vain: left as it was found
-        gl.store(taken, 0, mask=number == WORK - 1)
-        item = gl.num_programs(0) + number
+        item = take(taken, WORK)
     i_qst = i_work % QST
     mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
     box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))
     mbarrier.arrive(q_full.index(i_qst), count=1)
-
-
-@gluon.jit
-def _row_sum(p, BN: gl.constexpr):
-    """Sums over the columns that a thread owns, [64, 4]: no shuffles until the very end."""
-    return gl.sum(gl.sum(p.reshape([64, BN // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -269,7 +243,7 @@ def _adjust(
 def _looked(looks, MASK: gl.constexpr, USE_MASK: gl.constexpr):
     """What the producer said of a tile of keys; nothing where no tile is ever masked."""
     if MASK or USE_MASK:
-        return _read(looks)
+        return left(looks)
     else:
         return 0
 
@@ -301,7 +275,7 @@ def _consumer(
     i_work = 0
     turn_phase = 0
     mbarrier.wait(q_full.index(0), 0)
-    w = _read(box.index(0))
+    w = left(box.index(0))
     while w < WORK:
         i_b, i_h, i_q = _place(w, NQ, H)
         n_kept = gl.load(counts + w)
@@ -330,8 +304,8 @@ def _consumer(
         s = _adjust(
             s, 0, look, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
         m = gl.max(s, 1) * scale
-        p = gl.exp2(s * scale - _shift(m, GUARD)[:, None])
-        sums = _row_sum(p, BN)
+        p = gl.exp2(s * scale - shift(m, GUARD)[:, None])
+        sums = row_sum(p, BN)
         p16 = gl.convert_layout(p.to(dtype), pl)
         o = gl.zeros([64, BD], gl.float32, ol)
         i_kv += 1
@@ -356,11 +330,11 @@ def _consumer(
                 s, j, look, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL,
                 sl)
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
-            shift = _shift(m_new, GUARD)
-            alpha = gl.exp2(m - shift)
-            p = gl.exp2(s * scale - shift[:, None])
+            base = shift(m_new, GUARD)
+            alpha = gl.exp2(m - base)
+            p = gl.exp2(s * scale - base[:, None])
             alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
-            sums = sums * alpha_l[:, None] + _row_sum(p, BN)
+            sums = sums * alpha_l[:, None] + row_sum(p, BN)
             m = m_new
             i_kv += 1
             # this wait for the next K keeps the assembler from lifting the PV wait over the softmax
@@ -408,7 +382,7 @@ def _consumer(
             p_o = p_o + rows.to(gl.int64)[:, None] * sos + cols[None, :]
             gl.store(p_o, o.to(dtype), mask=(rows < q_end)[:, None] & (cols < D)[None, :])
         mbarrier.wait(q_full.index(i_work % QST), (i_work // QST) & 1)
-        w = _read(box.index(i_work % QST))
+        w = left(box.index(i_work % QST))
 
 
 @gluon.jit(do_not_specialize=SIZES)

@@ -6,7 +6,7 @@ s are scores in base 2, p probabilities, dp and ds the gradients of p and of the
 import triton
 import triton.language as tl
 
-from .triton_kernel import dot
+from fastdiff.kernels.dot_kernel import dot
 
 SIZES = ["SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M"]
 LOG2E = tl.constexpr(1.4426950408889634)

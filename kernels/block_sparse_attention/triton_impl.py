@@ -9,9 +9,6 @@ from fastdiff.kernels.availability import interpreting, triton_reasons
 
 from .order import longest_first
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (16, 256)
-
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
     (64, False): (64, 64, 4, 3),
@@ -24,12 +21,7 @@ CONFIGS = {
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = triton_reasons(device)
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
-    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
-        reasons.append(f"head_dim {head_dim} is outside {HEAD_DIMS}")
-    return reasons
+    return triton_reasons(device, dtype, head_dim)
 
 
 def config(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:

@@ -7,19 +7,12 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (16, 256)
 # programs that are enough to fill a GPU; more only add partial states
 PROGRAMS = 512
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = triton_reasons(device)
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
-    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
-        reasons.append(f"head_dim {head_dim} is outside {HEAD_DIMS}")
-    return reasons
+    return triton_reasons(device, dtype, head_dim)
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> Tensor:

@@ -7,14 +7,11 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import triton_reasons
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIM = 256
 
 
 def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    reasons = triton_reasons(query.device)
-    if query.dtype not in DTYPES:
-        reasons.append(f"dtype {query.dtype} is not one of {DTYPES}")
+    reasons = triton_reasons(query.device, query.dtype)
     if query.shape[-1] > HEAD_DIM:
         reasons.append(f"head_dim {query.shape[-1]} is above {HEAD_DIM}")
     if any(x.stride(-1) != 1 for x in (query, key, value)):

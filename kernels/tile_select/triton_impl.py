@@ -7,16 +7,13 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIM = 256
 TILES = 16384
 BINS, REACH = 1024, 8.0
 
 
 def not_supported_reasons(query: Tensor, key_mean: Tensor, probes: int) -> list[str]:
-    reasons = triton_reasons(query.device)
-    if query.dtype not in DTYPES:
-        reasons.append(f"dtype {query.dtype} is not one of {DTYPES}")
+    reasons = triton_reasons(query.device, query.dtype)
     if query.shape[-1] > HEAD_DIM:
         reasons.append(f"head_dim {query.shape[-1]} is above {HEAD_DIM}")
     if key_mean.shape[2] > TILES:

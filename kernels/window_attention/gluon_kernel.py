@@ -19,15 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastdiff.kernels.hopper_kernel import LOWEST, NOTHING, left, row_sum, shift, take
+
 # T, TH: where the bounds of height and width begin. H, W: sides. LT, LH, LW: last coordinates.
 # TILES, PLANE, ROW: tiles of queries of a head, of a frame and of a row of tiles. BEFORE, END, S:
 # tokens before the grid, up to its end, in all. N_BEFORE, N_TEXT: tiles of the keys before the
 # grid, and of all outside it. The host computes them: what a kernel derives at its start spills.
 SIZES = ["T", "TH", "H", "W", "LT", "LH", "LW", "TILES", "PLANE", "ROW", "BEFORE", "END", "S",
          "N_BEFORE", "N_TEXT", "GROUPS", "WORK"]
-# stands for minus infinity, and what no real score falls below
-LOWEST = gl.constexpr(-1e30)
-NOTHING = gl.constexpr(-1e20)
 
 
 @gluon.jit
@@ -153,32 +152,11 @@ def _producer(
             at = _next(at, runs, KT, KH, KW)
             i_kv += 1
         # whoever is done takes the next item: windows at borders differ in length
-        number = gl.atomic_add(taken, 1)
-        # as many are taken as there are items, the last ones in vain: left as it was found
-        gl.store(taken, 0, mask=number == WORK - 1)
-        w = gl.num_programs(0) + number
+        w = take(taken, WORK)
     i_qst = i_work % QST
     mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
     box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))
     mbarrier.arrive(q_full.index(i_qst), count=1)
-
-
-@gluon.jit
-def _read(box):
-    """The work item that the producer took, known to every thread of a warpgroup."""
-    return gl.max(box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _row_sum(p, BN: gl.constexpr):
-    """Sums over the columns that a thread owns, [64, 4]: no shuffles until the very end."""
-    return gl.sum(gl.sum(p.reshape([64, BN // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _shift(m):
-    """What to take off the scores; a row that has seen no key yet keeps exp2(LOWEST) at zero."""
-    return gl.where(m > NOTHING, m, 0.0)
 
 
 @gluon.jit
@@ -296,7 +274,7 @@ def _consumer(
     i_kv = 0
     i_work = 0
     mbarrier.wait(q_full.index(0), 0)
-    w = _read(box.index(0))
+    w = left(box.index(0))
     while w < WORK:
         i_h, q_first, runs, n_boxes, n = _tile(w, sizes, low, high, QT, QH, QW, KT, KH, KW)
         q_t, q_h, q_w = q_first
@@ -324,8 +302,8 @@ def _consumer(
         s = _adjust(s, 0, n_boxes, at, runs, rows, sizes, key_mask, masked, KT, KH, KW, BN,
                     USE_MASK, sl)
         m = gl.max(s, 1) * scale
-        p = gl.exp2(s * scale - _shift(m)[:, None])
-        sums = _row_sum(p, BN)
+        p = gl.exp2(s * scale - shift(m, True)[:, None])
+        sums = row_sum(p, BN)
         p16 = gl.convert_layout(p.to(dtype), pl)
         o = gl.zeros([64, BD], gl.float32, ol)
         i_kv += 1
@@ -344,11 +322,11 @@ def _consumer(
             s = _adjust(s, j, n_boxes, at, runs, rows, sizes, key_mask, masked, KT, KH, KW, BN,
                         USE_MASK, sl)
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
-            shift = _shift(m_new)
-            alpha = gl.exp2(m - shift)
-            p = gl.exp2(s * scale - shift[:, None])
+            base = shift(m_new, True)
+            alpha = gl.exp2(m - base)
+            p = gl.exp2(s * scale - base[:, None])
             alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
-            sums = sums * alpha_l[:, None] + _row_sum(p, BN)
+            sums = sums * alpha_l[:, None] + row_sum(p, BN)
             m = m_new
             i_kv += 1
             # this wait for the next K keeps the assembler from lifting the PV wait over the softmax
@@ -375,7 +353,7 @@ def _consumer(
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(i_qst), count=1)
         mbarrier.wait(q_full.index(i_work % QST), (i_work // QST) & 1)
-        w = _read(box.index(i_work % QST))
+        w = left(box.index(i_work % QST))
 
 
 @gluon.jit(do_not_specialize=SIZES)

@@ -10,9 +10,6 @@ from fastdiff.kernels.availability import interpreting, triton_reasons
 from .geometry import Window, boxes, table
 from .text import fill_text
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (16, 256)
-
 # (padded head dim, 4-byte input) -> BM, BN, warps, stages
 CONFIGS = {
     (64, False): (64, 64, 4, 3),
@@ -25,12 +22,7 @@ CONFIGS = {
 
 
 def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    reasons = triton_reasons(query.device)
-    if query.dtype not in DTYPES:
-        reasons.append(f"dtype {query.dtype} is not one of {DTYPES}")
-    if not HEAD_DIMS[0] <= query.shape[-1] <= HEAD_DIMS[1]:
-        reasons.append(f"head_dim {query.shape[-1]} is outside {HEAD_DIMS}")
-    return reasons
+    return triton_reasons(query.device, query.dtype, query.shape[-1])
 
 
 def run(
