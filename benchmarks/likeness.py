@@ -27,10 +27,16 @@ def likeness(clips: Tensor, stock: Tensor) -> list[dict[str, float]]:
 
 
 def similarity(clips: Tensor, stock: Tensor) -> tuple[list[float], list[float]]:
-    """PSNR in dB and SSIM of each clip to stock's."""
+    """PSNR in dB and SSIM of each clip to stock's, on the device where they are."""
     error = (clips - stock).square().flatten(1).mean(1).clamp_min(1e-12)
     psnr = (-10 * error.log10()).tolist()
-    return psnr, [_ssim(a, b) for a, b in zip(clips, stock, strict=True)]
+    with _full_precision():
+        return psnr, [_ssim(a, b) for a, b in zip(clips, stock, strict=True)]
+
+
+def _full_precision() -> Any:
+    """Convolutions on a GPU in float32: a variance is a small difference, lost in TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _ssim(one: Tensor, two: Tensor) -> float:
@@ -38,10 +44,11 @@ def _ssim(one: Tensor, two: Tensor) -> float:
     place = torch.arange(11, device=one.device) - 5.0
     line = torch.exp(-place.square() / (2 * 1.5**2))
     line = line / line.sum()
-    window = (line[:, None] * line).expand(3, 1, 11, 11)
+    down, along = line.view(1, 1, 11, 1).expand(3, -1, -1, -1), line.view(1, 1, 1, 11)
+    along = along.expand(3, -1, -1, -1)
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(x, window, groups=3)
+        return F.conv2d(F.conv2d(x, down, groups=3), along, groups=3)
 
     a, b = one.float(), two.float()
     mean_a, mean_b = mean(a), mean(b)
@@ -60,12 +67,14 @@ def features(clips: Tensor, stock: Tensor) -> list[float]:
     found = []
     for one, two in zip(clips, stock, strict=True):
         total = 0.0
-        for a, b in zip(one.split(_FRAMES_AT_A_TIME), two.split(_FRAMES_AT_A_TIME), strict=True):
-            x, y = (F.avg_pool2d(2 * side.float() - 1, 2) for side in (a, b))
-            for stage in stages:
-                x, y = stage(x), stage(y)
-                gap = F.normalize(x, dim=1) - F.normalize(y, dim=1)
-                total += float(gap.square().sum(1).mean((1, 2)).sum())
+        with _full_precision():
+            for a, b in zip(one.split(_FRAMES_AT_A_TIME), two.split(_FRAMES_AT_A_TIME),
+                            strict=True):
+                x, y = (F.avg_pool2d(2 * side.float() - 1, 2) for side in (a, b))
+                for stage in stages:
+                    x, y = stage(x), stage(y)
+                    gap = F.normalize(x, dim=1) - F.normalize(y, dim=1)
+                    total += float(gap.square().sum(1).mean((1, 2)).sum())
         found.append(total / len(one))
     return found
 
