@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .captions import caption
 from .data import Batch, load_sprites, random_scene, render
+from .descent import Descent
 from .image_bank import ImageBank
 from .image_models import CHANNELS, encode_prompts, fold_statistics
 from .image_sampling import check
@@ -20,7 +21,7 @@ from .lean_codec import LeanCodec, codec_loss
 from .probe import Probes
 from .progress import Compiler, Log, autocast
 from .scenes import SceneSource
-from .stages import cosine, run_stage
+from .stages import run_stage
 from .text import TOKENS, TextHeads, caption_labels, text_loss, tokenize
 
 
@@ -76,12 +77,10 @@ def train_prompt_encoders(run: ImageRun, reserve: float) -> None:
     pooled_heads = TextHeads(config["pooled_dim"]).to(device)
     torch.nn.init.normal_(state.text.shared.weight, std=1.0)
     modules = (state.text, state.clip, heads, pooled_heads)
-    params = [p for module in modules for p in module.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(params, config["lr"], betas=(0.9, 0.98), weight_decay=0.01)
-    count = 0
+    params = (p for module in modules for p in module.requires_grad_(True).parameters())
+    descent = Descent(params, config["lr"])
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
         padded = rng.choice((TOKENS,) * 6 + (64, 128, 512))
         n = max(8, config["batch"] * TOKENS // padded)
         index = torch.randint(len(ids), (n,), device=device)
@@ -94,12 +93,7 @@ def train_prompt_encoders(run: ImageRun, reserve: float) -> None:
         loose = hidden[:, TOKENS:] if padded > TOKENS else hidden[:, -8:]
         spread = (loose - loose.mean((0, 1), keepdim=True)).square().mean()
         loss = text_loss(logits, said) + text_loss(whole, said) + 0.1 * spread
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         with torch.no_grad():
             right = (logits["object"].argmax(1) == said["object"]).float().mean()
             colour = (logits["colour"].argmax(1) == said["colour"]).float().mean()
@@ -113,29 +107,21 @@ def train_prompt_encoders(run: ImageRun, reserve: float) -> None:
 def train_codec(run: ImageRun, reserve: float) -> None:
     """The autoencoder on windows of pictures of several sizes; then its statistics folded in."""
     state, config = run.state, run.state.config["codec"]
-    params = list(state.vae.parameters())
-    optimizer = torch.optim.AdamW(
-        params, config["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=params[0].is_cuda
-    )
+    descent = Descent.of_codec(state.vae.parameters(), config["lr"], 200)
     pool = run.source.pool_of("pictures", 4, state.device)
-    rng, count, crop = random.Random(5), 0, config["crop"]
+    rng, crop = random.Random(5), config["crop"]
 
     codec = run.plain_codec
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count, codec
+        nonlocal codec
         if codec is run.plain_codec and run.probes.settled("codec"):
             codec = run.codec
         edge = rng.choice(config["edges"])
         frames = _window(run, pool, config["batch"], edge, crop, rng)
         with autocast(run.state.device):
             loss, error = codec_loss(codec, frames, config["kl"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 0.5)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 200)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         return {"loss": loss.detach(), "psnr": -10 * torch.log10(error / 4)}
 
     guarded = run.codec_compiler.guard(step, run.log, "codec")

@@ -22,8 +22,8 @@ from fastdiff.models import load
 from fastdiff.tokens.linfusion import LINEAR, LinFusionProcessor
 from fastdiff.tokens.linfusion_format import LinearLayer, Place, begin, write
 
+from .descent import Descent
 from .progress import Log, autocast, fast_arithmetic, timed_loop
-from .stages import cosine
 from .unet_models import UNetState, noised
 from .unet_run import UNetRun
 
@@ -70,16 +70,15 @@ def main() -> None:
     names = [place.module_name for place in layers]
     student = student_of(teacher, layers)
     wanted_outputs, found_outputs = watched(teacher, names), watched(student, names)
-    parameters = [p for layer in layers.values() for p in layer.parameters()]
-    optimizer = torch.optim.AdamW(parameters, settings["lr"], weight_decay=0.01)
+    parameters = (p for layer in layers.values() for p in layer.parameters())
+    descent = Descent(parameters, settings["lr"], (0.9, 0.999))
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "linfusion.jsonl", settings["seconds"] + 120)
     run = UNetRun(state, log, 900_000)
-    bank, count = run.bank(config["full"]), 0
+    bank = run.bank(config["full"])
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
-        if count % 4 == 3:
+        if descent.steps % 4 == 3:
             bank.renew()
         latents, hidden, _ = bank.sample(settings["batch"])
         t = torch.randint(1000, (len(latents),), device=device)
@@ -93,12 +92,7 @@ def main() -> None:
         output = F.mse_loss(found.float(), stock.float())
         loss = (F.mse_loss(found.float(), velocity) + settings["output"] * output
                 + settings["features"] * features)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = settings["lr"] * cosine(progress, count)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         return {"loss": loss.detach(), "output": output.detach(), "features": features.detach()}
 
     began = time.monotonic()

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .autoencoder import reconstruction_loss
 from .data import Batch, render
+from .descent import Descent
 from .progress import autocast
-from .stages import Run, cosine, measure_latents, run_stage
+from .stages import Run, measure_latents, run_stage
 
 REACH = 4
 """Frames before and after in which a pixel counts as passed by the object: one latent frame."""
@@ -41,16 +42,12 @@ def train_motion(run: Run, reserve: float) -> None:
     The latent statistics stay, so that the denoiser goes on from nearly the same latents.
     """
     state, config, edge = run.state, run.state.config["motion"], run.state.config["edge"]
-    params = list(state.vae.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(
-        params, config["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=params[0].is_cuda
-    )
+    descent = Descent.of_codec(state.vae.requires_grad_(True).parameters(), config["lr"], 50)
     _, std = state.latent_statistics()
     std = std.view(1, 1, 16, 1, 1)
-    rng, count = random.Random(21), 0
+    rng = random.Random(21)
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
         kind = "pictures" if rng.random() < config["picture_share"] else "clips"
         scenes = run.draw(kind, config[f"{kind}_batch"])
         video = render(scenes, run.sprites, edge)
@@ -64,12 +61,7 @@ def train_motion(run: Run, reserve: float) -> None:
             back = run.codec.decode(mean + noise * torch.randn_like(mean))
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
             loss = motion_loss(back, video, passed, config["weight"]) + config["kl"] * kl
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 0.5)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 50)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         error = F.mse_loss(back.detach().float().clamp(-1, 1), video)
         return {f"{kind}_loss": loss.detach(), f"{kind}_psnr": -10 * torch.log10(error / 4)}
 

@@ -14,6 +14,7 @@ from .captions import caption
 from .classifier import accuracy, classifier_loss, degrade
 from .data import Batch, load_sprites, make_batch, random_scene, render
 from .denoiser import LeanDenoiser, flow_loss
+from .descent import Descent
 from .progress import Compiler, Log, autocast, timed_loop
 from .sampling import held_out_scenes, judge, sample
 from .scenes import SceneSource
@@ -69,10 +70,6 @@ class Run:
         return self.banks[kind]
 
 
-def cosine(progress: float, steps: int, warm: int = 100) -> float:
-    return min(1.0, (steps + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def run_stage(
     run: Run, name: str, step: Callable[[float], dict[str, Tensor]], seconds: float, reserve: float
 ) -> None:
@@ -103,22 +100,14 @@ def train_text(run: Run, reserve: float) -> None:
         p.requires_grad_(True)
         if "shared" in name or "embed_tokens" in name:
             torch.nn.init.normal_(p, std=1.0)
-    params = [*state.text.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(params, config["lr"], betas=(0.9, 0.98), weight_decay=0.01)
-    count = 0
+    descent = Descent([*state.text.parameters(), *heads.parameters()], config["lr"])
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
         index = torch.randint(len(ids), (config["batch"],), device=device)
         hidden = state.text(ids[index], mask[index]).last_hidden_state
         logits = heads(hidden, mask[index])
         loss = text_loss(logits, {k: v[index] for k, v in labels.items()})
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         with torch.no_grad():
             right = (logits["object"].argmax(1) == labels["object"][index]).float().mean()
         return {"loss": loss.detach(), "object": right}
@@ -130,16 +119,11 @@ def train_text(run: Run, reserve: float) -> None:
 def train_autoencoder(run: Run, reserve: float) -> None:
     """Pictures and short clips in turn; afterwards the latent statistics."""
     state, config, edge = run.state, run.state.config["autoencoder"], run.state.config["edge"]
-    params = list(state.vae.parameters())
-    optimizer = torch.optim.AdamW(
-        params, config["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=params[0].is_cuda
-    )
-    longest = state.config["clip_frames"]
-    rng, count = random.Random(5), 0
+    descent = Descent.of_codec(state.vae.parameters(), config["lr"], 200)
+    longest, rng = state.config["clip_frames"], random.Random(5)
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
-        clip = count % 2 == 1
+        clip = descent.steps % 2 == 1
         if clip:
             scenes = run.draw("clips", config["clip_batch"])
             start = rng.randrange(longest - config["clip_frames"] + 1)
@@ -149,12 +133,7 @@ def train_autoencoder(run: Run, reserve: float) -> None:
         video = render(scenes, run.sprites, edge)
         with autocast(run.state.device):
             loss, error = autoencoder_loss(run.codec, video, config["kl"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 0.5)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 200)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         kind = "clip" if clip else "picture"
         psnr = -10 * torch.log10(error / 4)
         return {f"{kind}_loss": loss.detach(), f"{kind}_psnr": psnr}
@@ -171,16 +150,12 @@ def train_decoder(run: Run, reserve: float) -> None:
     """
     state, config, edge = run.state, run.state.config["decoder"], run.state.config["edge"]
     params = [*state.vae.decoder.parameters(), *state.vae.post_quant_conv.parameters()]
-    optimizer = torch.optim.AdamW(
-        params, config["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=params[0].is_cuda
-    )
+    descent = Descent.of_codec(params, config["lr"], 50)
     _, std = state.latent_statistics()
     std = std.view(1, 1, 16, 1, 1)
-    count = 0
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
-        kind = "pictures" if count % 4 == 3 else "clips"
+        kind = "pictures" if descent.steps % 4 == 3 else "clips"
         video = render(run.draw(kind, config[f"{kind}_batch"]), run.sprites, edge)
         with autocast(run.state.device):
             with torch.no_grad():
@@ -189,12 +164,7 @@ def train_decoder(run: Run, reserve: float) -> None:
                 latents = latents + level * std * torch.randn_like(latents)
             frames = run.codec.decode(latents)
             loss = reconstruction_loss(frames, video)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 0.5)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count, 50)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         error = torch.nn.functional.mse_loss(frames.detach().float().clamp(-1, 1), video)
         return {f"{kind}_loss": loss.detach(), f"{kind}_psnr": -10 * torch.log10(error / 4)}
 
@@ -231,9 +201,8 @@ def train_classifier(run: Run, reserve: float) -> None:
     """On degraded renders, half of them after a pass through the autoencoder."""
     state, config, edge = run.state, run.state.config["classifier"], run.state.config["edge"]
     model = state.classifier.requires_grad_(True).to(memory_format=torch.channels_last)
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, config["lr"], betas=(0.9, 0.98), weight_decay=0.02)
-    plain, rng, count = FullSequence(state.vae), random.Random(6), 0
+    descent = Descent(model.parameters(), config["lr"], decay=0.02)
+    plain, rng = FullSequence(state.vae), random.Random(6)
     run.judge_pool()
 
     def look(scenes: Batch) -> Tensor:
@@ -244,7 +213,6 @@ def train_classifier(run: Run, reserve: float) -> None:
             return torch.cat([passed, frames[half:]])[:, 0]
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
         scenes = run.draw("judge", config["batch"])
         turn = torch.rand_like(scenes.angle)
         scenes.angle = torch.where(turn < 0.3, turn * (2 * math.pi / 0.3), scenes.angle)
@@ -254,12 +222,7 @@ def train_classifier(run: Run, reserve: float) -> None:
         with autocast(run.state.device):
             out = model(frames)
         loss = classifier_loss(out, scenes)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         right = (out["object"].argmax(1) == scenes.obj).float().mean()
         return {"loss": loss.detach(), "object": right}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .captions import caption, plain_caption
 from .data import load_sprites, random_scene
+from .descent import Descent
 from .evaluator import Evaluator
 from .image_bank import ImageBank
 from .image_models import encode_prompts
@@ -27,7 +28,7 @@ from .progress import Compiler, Log, autocast, fast_arithmetic
 from .sampling import held_out_scenes
 from .scenes import SceneSource
 from .sheets import grid, stack
-from .stages import cosine, run_stage
+from .stages import run_stage
 from .text import TextHeads, caption_labels, text_loss, tokenize
 from .unet_models import UNetState, export_unet, noised
 
@@ -58,22 +59,15 @@ def train_clip(run: UNetRun, reserve: float) -> None:
     labels = {k: v.to(device) for k, v in caption_labels(scenes).items()}
     heads = TextHeads(config["dim"]).to(device)
     params = [*state.text.requires_grad_(True).parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(params, config["lr"], betas=(0.9, 0.98), weight_decay=0.01)
-    count = 0
+    descent = Descent(params, config["lr"])
 
     def step(progress: float) -> dict[str, Tensor]:
-        nonlocal count
         index = torch.randint(len(ids), (config["batch"],), device=device)
         hidden = encode_prompts(state.text, state.text, ids[index])[0]
         logits = heads(hidden, mask[index])
         said = {k: v[index] for k, v in labels.items()}
         loss = text_loss(logits, said)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = config["lr"] * cosine(progress, count)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        count += 1
+        descent.step(loss, progress)
         right = (logits["object"].argmax(1) == said["object"]).float().mean()
         return {"loss": loss.detach(), "object": right}
 
