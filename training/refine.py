@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from .evaluate import evaluate
 from .export import export
 from .image_state import load_part
 from .judge import load_judge
 from .motion import train_motion
 from .optim import Average
 from .progress import Compiler, Log, fast_arithmetic
-from .run import preview
+from .run import conclude, drive, judged, preview
 from .scenes import SceneSource
-from .sheets import stack
 from .sizes import train_sizes
 from .stages import Run, quick_check, train_clips
 from .state import State
@@ -101,37 +99,11 @@ def finish(run: Run, args: argparse.Namespace) -> None:
             quick_check(run, "clips")
         images += preview(run)
         if args.last:
-            seconds = max(10.0, log.left() - 8)
-            figures, sheets = evaluate(
-                folder, state.classifier, state.config, state.device, seconds
-            )
-            report |= figures
-            images += sheets
+            images += judged(run, folder, report)
     except Exception:
         report["error"] = traceback.format_exc()
-    report["training"] = {"stages": state.record["stages"], "figures": state.record["figures"]}
-    (args.out / "tiny-video.json").write_text(json.dumps(report, indent=2) + "\n")
-    if images:
-        stack(images, args.out / "tiny-video.png")
-    print(json.dumps(report, indent=2), flush=True)
-    log.write("end", left=log.left())
-
-
-def main() -> None:
-    args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "tiny-video.jsonl", args.seconds)
-    run = prepare(args, log)
-    try:
-        try:
-            train(run, args)
-        except Exception:
-            traceback.print_exc()
-            run.state.save(args.state)
-        finish(run, args)
-    finally:
-        run.source.close()
+    conclude(run, report, images, args.out / "tiny-video.json", args.out / "tiny-video.png")
 
 
 if __name__ == "__main__":
-    main()
+    drive(arguments(), "tiny-video.jsonl", prepare, train, finish)

@@ -5,6 +5,7 @@ import json
 import shutil
 import tomllib
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -163,30 +164,46 @@ def finish(run: Run, args: argparse.Namespace) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             report["megabytes"] = export(state, folder)
             log.write("export", **report["megabytes"])
-            seconds = max(10.0, log.left() - 8)
-            figures, sheets = evaluate(
-                folder, state.classifier, state.config, state.device, seconds
-            )
-            report |= figures
-            images += sheets
+            images += judged(run, folder, report)
         elif log.left() > 4 and state.stage("pictures")["steps"]:
             quick_check(run, "pictures")
     except Exception:
         report["error"] = traceback.format_exc()
         print(report["error"], flush=True)
-    report["training"] = {"stages": state.record["stages"], "figures": state.record["figures"]}
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    conclude(run, report, images, args.out / "report.json", args.out / "sheet.png")
+
+
+def judged(run: Run, folder: Path, report: dict) -> list[Image.Image]:
+    """Put the figures of the exported pipeline into the report; its sheets."""
+    state, seconds = run.state, max(10.0, run.log.left() - 8)
+    figures, sheets = evaluate(folder, state.classifier, state.config, state.device, seconds)
+    report |= figures
+    return sheets
+
+
+def conclude(
+    run: Run, report: dict, images: list[Image.Image], text: Path, sheet: Path
+) -> None:
+    """Write report and sheet, the last that a piece does."""
+    record = run.state.record
+    report["training"] = {"stages": record["stages"], "figures": record["figures"]}
+    text.write_text(json.dumps(report, indent=2) + "\n")
     if images:
-        stack(images, args.out / "sheet.png")
+        stack(images, sheet)
     print(json.dumps(report, indent=2), flush=True)
-    log.write("end", left=log.left())
+    run.log.write("end", left=run.log.left())
 
 
-def main() -> None:
-    args = arguments()
+Piece = Callable[[Run, argparse.Namespace], None]
+
+
+def drive(
+    args: argparse.Namespace, curves: str, prepare: Callable[[argparse.Namespace, Log], Run],
+    train: Piece, finish: Piece,
+) -> None:
+    """One piece from its arguments to its report; what failed in training is saved and told."""
     args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "curves.jsonl", args.seconds)
-    run = prepare(args, log)
+    run = prepare(args, Log(args.out / curves, args.seconds))
     try:
         try:
             train(run, args)
@@ -199,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    drive(arguments(), "curves.jsonl", prepare, train, finish)
