@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
-from fastdiff.layout import Tiling, TokenLayout
+from fastdiff.layout import Tiling
 from fastdiff.method import check
-from fastdiff.policies.base import Context, Policy
+from fastdiff.policies.base import Context
 from fastdiff.policies.modes import ListedMask
-from fastdiff.policies.partition import block_size
-from fastdiff.policies.spans import Cut, Spans, cut_tiles, leading_frames, spans_of, strip
+from fastdiff.policies.spans import Cut, Spans, Strips, cut_tiles, spans_of
 from fastdiff.policies.static import Pattern, pattern
 
 BANDS = ("frames", "pixels")
@@ -22,7 +21,7 @@ SCORES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bands(Policy):
+class Bands(Strips):
     """Two static bands, as in Sparse VideoGen: near frames, or near pixels over all frames.
 
     "frames" keeps pairs that are near in the order frame by frame, "pixels" pairs that are near in
@@ -55,17 +54,10 @@ class Bands(Policy):
         check(self.width is None or self.width > 0, "width", self.width, "frames over 0")
         check(self.samples >= 1, "samples", self.samples, "1 or more")
 
-    def _cut(self, layout: TokenLayout, query: Tensor) -> Cut:
-        tile = self.tile or strip(layout.grid, block_size(layout, query))
-        return Cut(layout, tile, leading_frames(self.sink, layout, self.density), query.device)
-
-    def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
-        return cut_tiles(self._cut(layout, query))
-
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:
-        pair = _patterns(self._cut(context.layout, query), self.width, self.density)
+        pair = _patterns(self.cut(context.layout, query), self.width, self.density)
         batch, heads = query.shape[0], query.shape[2]
         if self.band != "auto":
             return pair[BANDS.index(self.band)].expand(batch, heads, tiles)

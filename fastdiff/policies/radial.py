@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
-from fastdiff.layout import Tiling, TokenLayout
+from fastdiff.layout import Tiling
 from fastdiff.method import check
-from fastdiff.policies.base import Context, Policy
-from fastdiff.policies.partition import block_size
-from fastdiff.policies.spans import Cut, Spans, cut_tiles, leading_frames, spans_of, strip
+from fastdiff.policies.base import Context
+from fastdiff.policies.spans import Cut, Spans, Strips, cut_tiles, spans_of
 from fastdiff.policies.static import Pattern, pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Radial(Policy):
+class Radial(Strips):
     """A static mask for clips: near frames see wide bands of pixels, far frames narrow ones.
 
     A query sees a key in a frame at distance d where their places in the frame, counted row by row,
@@ -45,17 +44,10 @@ class Radial(Policy):
         check(self.width is None or self.width > 0, "width", self.width,
               "a share of a frame over 0; 1.0 is the paper's")
 
-    def _cut(self, layout: TokenLayout, query: Tensor) -> Cut:
-        tile = self.tile or strip(layout.grid, block_size(layout, query))
-        return Cut(layout, tile, leading_frames(self.sink, layout, self.density), query.device)
-
-    def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
-        return cut_tiles(self._cut(layout, query))
-
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:
-        found = _pattern(self._cut(context.layout, query), self.width, self.density)
+        found = _pattern(self.cut(context.layout, query), self.width, self.density)
         return found.expand(query.shape[0], query.shape[2], tiles)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.layout import Grid, Tiling, TokenLayout
-from fastdiff.policies.partition import axis_product, blocks_of
+from fastdiff.policies.base import Context, Policy
+from fastdiff.policies.partition import axis_product, block_size, blocks_of
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ def strip(grid: Grid, size: int) -> Grid:
         return (1, 1, math.ceil(width / math.ceil(width / size)))
     rows = min(height, max(1, round(size / width)))
     return (1, math.ceil(height / math.ceil(height / rows)), width)
+
+
+class Strips(Policy):
+    """A policy whose tiles are strips of rows of one frame, or `tile`."""
+
+    def cut(self, layout: TokenLayout, query: Tensor) -> Cut:
+        tile = self.tile or strip(layout.grid, block_size(layout, query))
+        return Cut(layout, tile, leading_frames(self.sink, layout, self.density), query.device)
+
+    def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
+        return cut_tiles(self.cut(layout, query))
 
 
 @lru_cache(maxsize=64)
