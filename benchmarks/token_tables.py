@@ -31,10 +31,11 @@ def overhead(result: Row) -> Table:
         share = row["seconds"] * row["blocks"] / stock[row["edge"], row["dtype"]]
         rows.append([f"{row['edge']} px", row["layout"], f"{row['tokens']:,}",
                      f"{row['kept']:,}", str(row["blocks"]), row["part"],
+                     str(row.get("launches") or ""),
                      f"{row['seconds'] * 1e6:.0f}",
                      f"{row['p20'] * 1e6:.0f} to {row['p80'] * 1e6:.0f}", f"{share:.1%}"])
-    return ["picture", "layout", "tokens", "kept", "blocks", "part", "us a block",
-            "p20 to p80", "share of a step"], rows
+    return ["picture", "layout", "tokens", "kept", "blocks", "part", "launches",
+            "us a block", "p20 to p80", "share of a step"], rows
 
 
 def graph_note(result: Row) -> str:

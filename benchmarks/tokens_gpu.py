@@ -92,6 +92,19 @@ def in_turn(
     return rows_of(seconds, facts)
 
 
+def launches(run: Callable[[], Any], device: str) -> int | None:
+    """Kernels that one call launches, as the profiler counts them; None where it sees none."""
+    if device != "cuda":
+        return None
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+        torch.cuda.synchronize()
+    found = [event for event in profile.events()
+             if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(found) or None
+
+
 @torch.no_grad()
 def overhead(
     edge: int, dtype: torch.dtype, device: str, tiny: bool, graph: bool
@@ -137,7 +150,8 @@ def overhead(
                 if turn >= 0:
                     times.append(time.perf_counter() - begin)
             found.append({"layout": layout, "part": part, "tokens": tokens, "kept": count,
-                          "blocks": blocks, **record.spread(times)})
+                          "blocks": blocks, "launches": launches(run, device),
+                          **record.spread(times)})
     for row in found:
         print(f"  {row['layout']:<11} {row['tokens']:>6} tokens  {row['part']:<28} "
               f"{row['seconds'] * 1e6:9.1f} us a block", flush=True)

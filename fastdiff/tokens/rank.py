@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastdiff.kernels import token_select
 from fastdiff.kernels.column_mass import column_mass, row_lse
 
 # most entries of a similarity matrix in memory at a time
@@ -45,9 +46,8 @@ def best(score: Tensor, count: int) -> Tensor:
 
 
 def parted(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`best`, and all other positions, in no order that means anything."""
-    order = score.argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(dim=1).values, order[:, count:]
+    """`best`, and all other positions, ascending too."""
+    return token_select.top_tokens(score, count)
 
 
 def rest_of(kept: Tensor, tokens: int) -> Tensor:
@@ -69,16 +69,9 @@ def stand_ins(
     of their logits, since a row's softmax denominators are the same for all columns.
     query, key: [B, S, H, D]; kept: int64 [B, K]; dropped: the other positions, where known.
     """
-    batch, tokens = query.shape[:2]
-    scale = float(scale or query.shape[-1] ** -0.5)
-    dropped = rest_of(kept, tokens) if dropped is None else dropped
-    q, k = rows(query.flatten(2), dropped).mul_(scale), rows(key.flatten(2), kept)
-    step = max(1, PAIRS // max(1, batch * kept.shape[1]))
-    nearest = [torch.bmm(part, k.mT).argmax(-1) for part in q.split(step, dim=1)]
-    place = torch.empty(batch, tokens, dtype=torch.int64, device=kept.device)
-    own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    place.scatter_(1, kept, own)
-    return place.scatter_(1, dropped, torch.cat(nearest, 1)) if nearest else place
+    dropped = rest_of(kept, query.shape[1]) if dropped is None else dropped
+    return token_select.stand_ins(query.flatten(2), key.flatten(2), kept, dropped,
+                                  scale=float(scale or query.shape[-1] ** -0.5))
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

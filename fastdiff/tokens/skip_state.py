@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.clock import StepClock
-from fastdiff.tokens.rank import best, rest_of
+from fastdiff.tokens.rank import parted
 
 _numbers = itertools.count()
 _states: WeakValueDictionary[int, "Skips"] = WeakValueDictionary()
@@ -68,8 +68,7 @@ def choose_queries(
     sizes = sizes.clone()
     sizes[:, :before] = torch.inf
     sizes[:, tokens - after:] = torch.inf
-    kept = best(sizes, count)
-    return kept, rest_of(kept, tokens)
+    return parted(sizes, count)
 
 
 @choose_queries.register_fake

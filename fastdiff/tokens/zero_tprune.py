@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdiff.method import check
 from fastdiff.tokens.prune import Pruner
-from fastdiff.tokens.rank import PAIRS, aligned, best, page_rank, rest_of, rows, stand_ins
+from fastdiff.tokens.rank import PAIRS, aligned, best, page_rank, parted, rest_of, rows, stand_ins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,7 @@ def without_alike(key: Tensor, score: Tensor, gone: int, branches: int) -> Tenso
     """Positions left, ascending int64 [B, S - gone], when of the less important half of the tokens
     those `gone` are dropped that are most similar to one of the other half."""
     tokens = score.shape[1]
-    upper = best(score, tokens - tokens // 2)
-    lower = rest_of(upper, tokens)
+    upper, lower = parted(score, tokens - tokens // 2)
     precision = torch.promote_types(key.dtype, torch.float32)
     flat = torch.nn.functional.normalize(key.flatten(2).to(precision), dim=-1)
     a, b = rows(flat, lower), rows(flat, upper)

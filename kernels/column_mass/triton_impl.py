@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (16, 256)
 LOG2E = 1.4426950408889634
 
 # added to the exponent of every term, a probability times a weight of at most 1: sums of 2**30
@@ -37,12 +35,7 @@ MASS = {
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = triton_reasons(device)
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not one of {DTYPES}")
-    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
-        reasons.append(f"head_dim {head_dim} is outside {HEAD_DIMS}")
-    return reasons
+    return triton_reasons(device, dtype, head_dim)
 
 
 def row_lse(query: Tensor, key: Tensor, *, scale: float) -> Tensor:

@@ -7,18 +7,9 @@ and a maximum for denominators. Tiles that are whole are not masked.
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dot_kernel import dot
+
 SIZES = ["SQ", "SK", "H", "GROUPS"]
-
-
-@triton.jit
-def dot(a, b, UPCAST: tl.constexpr):
-    # the interpreter multiplies bfloat16 as if it were integers
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    elif a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="tf32x3")
-    else:
-        return tl.dot(a, b)
 
 
 @triton.jit

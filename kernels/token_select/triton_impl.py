@@ -1,0 +1,58 @@
+"""Token selection as two Triton kernels: a launch for the order, a launch for the stand-ins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.availability import interpreting, triton_reasons
+
+# scores that one program holds
+TOKENS = 32768
+
+# 4-byte input -> (dropped tokens a program, kept tokens a turn, channels a product, warps, stages)
+CONFIGS = {False: (64, 128, 64, 4, 4), True: (64, 64, 32, 4, 2)}
+
+
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:
+    reasons = triton_reasons(device, dtype)
+    if tokens > TOKENS:
+        reasons.append(f"{tokens} tokens are more than {TOKENS}")
+    return reasons
+
+
+def top_tokens(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """One program per sample: the cut by bisection of the bits, then places by counting."""
+    from .triton_kernel import top_tokens_kernel
+
+    batch, tokens = score.shape
+    kept = torch.empty(batch, count, dtype=torch.int64, device=score.device)
+    dropped = torch.empty(batch, tokens - count, dtype=torch.int64, device=score.device)
+    if batch and tokens:
+        block = max(16, 1 << (tokens - 1).bit_length())
+        top_tokens_kernel[(batch,)](
+            score, kept, dropped, score.stride(0), score.stride(1), tokens, count,
+            BLOCK=block, num_warps=min(32, max(1, block // 256)),
+        )
+    return kept, dropped
+
+
+def stand_ins(
+    query: Tensor, key: Tensor, kept: Tensor, dropped: Tensor, scale: float
+) -> Tensor:
+    """One program per tile of dropped tokens; products are float32, so nothing needs `scale`."""
+    from .triton_kernel import stand_ins_kernel
+
+    batch, tokens, width = query.shape
+    place = torch.empty(batch, tokens, dtype=torch.int64, device=query.device)
+    BM, BN, BD, warps, stages = CONFIGS[query.dtype.itemsize == 4]
+    strides = [*query.stride()[:2], *key.stride()[:2]]
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    tiles = -(-max(kept.shape[1], dropped.shape[1]) // BM)
+    stand_ins_kernel[(tiles, batch)](
+        query, key, kept.contiguous(), dropped.contiguous(), place,
+        *(stride // unit for stride in strides), tokens, kept.shape[1],
+        C=width, BM=BM, BN=BN, BD=BD, UPCAST=interpreting(), UNIT=unit,
+        num_warps=warps, num_stages=stages,
+    )
+    return place
