@@ -1,5 +1,6 @@
 """The forward of each token method made ready once, then timed in turn: compiled, or as a graph."""
 
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def graphed(run: Run, ready: Run, device: str, pool: Any = None) -> tuple[Run, A
             return run()
 
         return again, again()
-    aside = torch.cuda.Stream()
+    aside = _aside()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         run()
@@ -49,6 +50,12 @@ def graphed(run: Run, ready: Run, device: str, pool: Any = None) -> tuple[Run, A
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay, out
+
+
+@functools.cache
+def _aside() -> Any:
+    """One stream for all warming up: the allocator keeps memory for each that it has seen."""
+    return torch.cuda.Stream()
 
 
 def seconds_of(run: Run, device: str, calls: int = 1) -> float:
@@ -143,7 +150,9 @@ def compiled(name: str, methods: tuple[Method, ...], inputs: dict[str, Any], dty
     begin = time.perf_counter()
     model = materialised(dtype, device, tiny)
     enabled(model, methods)
-    model.compile_repeated_blocks(fullgraph=True, backend="eager" if tiny else "inductor")
+    # sizes do not change here
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False,
+                                  backend="eager" if tiny else "inductor")
     model(**inputs, return_dict=False)
     if device == "cuda":
         torch.cuda.synchronize()
