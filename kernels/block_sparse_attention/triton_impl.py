@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.availability import interpreting, shared_memory, triton_reasons
 
 from .order import longest_first
 
@@ -18,16 +18,24 @@ CONFIGS = {
     (128, True): (64, 16, 4, 2),
     (256, True): (64, 16, 4, 1),
 }
+# faster where blocks are wide enough and shared memory suffices; with a tail, also at 64
+WIDE = {(128, False): (128, 128, 8, 2)}
+WIDE_TAIL = {**WIDE, (64, False): (64, 128, 4, 2)}
+# bytes of shared memory a block may have, that these count on
+SHARED = 164 << 10
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     return triton_reasons(device, dtype, head_dim)
 
 
-def config(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def config(block_q: int, block_k: int, like: Tensor, tail: bool) -> dict[str, int]:
     """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
-    BD = max(16, 1 << (head_dim - 1).bit_length())
-    BM, BN, warps, stages = CONFIGS[max(64, BD), dtype.itemsize == 4]
+    BD = max(16, 1 << (like.shape[-1] - 1).bit_length())
+    kind = (max(64, BD), like.dtype.itemsize == 4)
+    BM, BN, warps, stages = CONFIGS[kind]
+    if min(block_q, block_k) > 64 and shared_memory(like.device) >= SHARED:
+        BM, BN, warps, stages = (WIDE_TAIL if tail else WIDE).get(kind, CONFIGS[kind])
     BM = min(BM, max(16, 1 << (block_q - 1).bit_length()))
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
     warps = min(warps, max(1, BM // 16))
@@ -83,7 +91,7 @@ def run(
     strides += [0] * (18 - len(strides))
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
 
-    meta = config(block_q, block_k, D, query.dtype)
+    meta = config(block_q, block_k, query, tail is not None)
     parts_q, parts_k = -(-block_q // meta["BM"]), -(-block_k // meta["BN"])
     block_sparse_attention_fwd_kernel[(NQ * parts_q, B * H)](
         query,

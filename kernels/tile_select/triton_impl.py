@@ -46,7 +46,8 @@ def run(
     key_mean = key_mean if key_mean.stride(-1) == 1 else key_mean.contiguous()
     always, dense_rows = always.view(torch.uint8), dense_rows.view(torch.uint8)
     ROWS = max(1, 64 // probes)
-    BN = min(128, max(16, 1 << (N - 1).bit_length()))
+    # wider takes so much shared memory that a multiprocessor holds one program
+    BN = min(64, max(16, 1 << (N - 1).bit_length()))
     # the histogram starts anew at every step, so its steps are long
     BC = min(2048 // ROWS, max(16, 1 << (N - 1).bit_length()))
     tile_score_kernel[(-(-N // ROWS), B * H)](
@@ -56,9 +57,11 @@ def run(
         ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, EACH_ROW=each_row, UPCAST=interpreting(),
         num_warps=4,
     )
+    BN = min(2048, max(16, 1 << (N - 1).bit_length()))
     tile_list_kernel[(N, B * H)](
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
-        zeros[-1:], H, N, density, BN=min(2048, max(16, 1 << (N - 1).bit_length())), BINS=BINS,
-        REACH=REACH, EACH_ROW=each_row, num_warps=4,
+        zeros[-1:], H, N, density, BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,
+        # bits of a step's number, and one for the end
+        SINGLE=BN >= N, TURNS=BINS.bit_length(), num_warps=min(4, max(1, BN // 512)),
     )
     return keep, indices, counts, pairs

@@ -23,9 +23,8 @@ def probe_scores(b_q, p_k, offsets, i_n, N, o_d, scale, skn, D: tl.constexpr, BN
               - tl.load(offsets + o_n, mask=m_n, other=0)).to(tl.float32)
     b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * skn + o_d[None, :],
                   mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
     raised = tl.where(length > 0, tl.log2(tl.maximum(length, 1.0)), -float("inf"))
-    return b_s + raised[None, :], o_n, m_n, length
+    return dot(b_q, tl.trans(b_k), UPCAST) * scale + raised[None, :], o_n, m_n, length
 
 
 @triton.jit(do_not_specialize=["S", "H", "GROUPS", "N"])
@@ -67,19 +66,20 @@ def tile_score_kernel(
         b_m = b_new
 
     # log of the mean over the probes; sums over the row for its mean and deviation
+    b_shift = b_m + tl.log2(b_l * PROBES)
     p_x = x + (i_bh.to(tl.int64) * N + o_row[:, None]) * N
-    b_w = tl.zeros([ROWS], tl.float32)
+    b_w = tl.zeros([], tl.float32)
     b_1 = tl.zeros([ROWS], tl.float32)
     b_2 = tl.zeros([ROWS], tl.float32)
     for i_n in range(0, N, BN):
         b_s, o_n, m_n, length = probe_scores(b_q, p_k, offsets, i_n, N, o_d, scale, skn, D, BN,
                                              UPCAST)
-        b_p = tl.exp2(b_s - b_m[:, None]) / b_l[:, None]
-        mass = tl.sum(tl.reshape(b_p, [ROWS, PROBES, BN]), 1) / PROBES
+        b_p = tl.exp2(b_s - b_shift[:, None])
+        mass = tl.sum(tl.reshape(b_p, [ROWS, PROBES, BN]), 1)
         b_x = tl.log(tl.maximum(mass * (S / tl.maximum(length, 1.0))[None, :], 1e-20))
         free = tl.load(always + o_n, mask=m_n, other=1) == 0
         weight = tl.where(free, length, 0.0)
-        b_w += tl.sum(weight[None, :] + b_x * 0, 1)
+        b_w += tl.sum(weight, 0)
         b_1 += tl.sum(b_x * weight[None, :], 1)
         b_2 += tl.sum(b_x * b_x * weight[None, :], 1)
         tl.store(p_x + o_n[None, :], b_x, mask=m_row[:, None] & m_n[None, :])
@@ -111,10 +111,38 @@ def tile_score_kernel(
         tl.atomic_add(histogram + i_b * BINS + o_bin, counted, mask=counted > 0)
 
 
+@triton.jit
+def free_steps(
+    p_x, always, i_n, N, i_q, dense, mean, rsqrt, BN: tl.constexpr, BINS: tl.constexpr,
+    REACH: tl.constexpr,
+):
+    """Steps of z of BN entries of a row, -1 for those that are kept anyway."""
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < N
+    b_x = tl.load(p_x + o_n, mask=m_n, other=0.0)
+    free = (tl.load(always + o_n, mask=m_n, other=1) == 0) & (o_n != i_q) & ~dense
+    return tl.where(free, step_of_z(b_x, mean, rsqrt, BINS, REACH), -1)
+
+
+@triton.jit
+def steps_from(
+    b_step, least, p_x, always, N, i_q, dense, mean, rsqrt, BN: tl.constexpr, BINS: tl.constexpr,
+    REACH: tl.constexpr, SINGLE: tl.constexpr,
+):
+    """How many free entries of a row have a step of at least `least`. b_step: the first BN."""
+    n = tl.sum((b_step >= least).to(tl.int32), 0)
+    if not SINGLE:
+        for i_n in range(BN, N, BN):
+            b_next = free_steps(p_x, always, i_n, N, i_q, dense, mean, rsqrt, BN, BINS, REACH)
+            n += tl.sum((b_next >= least).to(tl.int32), 0)
+    return n.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["H", "N"])
 def tile_list_kernel(
     x, stats, histogram, offsets, always, dense_rows, keep, indices, counts, pairs, H, N, density,
     BN: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr, EACH_ROW: tl.constexpr,
+    SINGLE: tl.constexpr, TURNS: tl.constexpr,
 ):
     """One row of the map: what it keeps, as bytes and as a list."""
     i_q = tl.program_id(0)
@@ -125,36 +153,38 @@ def tile_list_kernel(
     rsqrt = tl.load(stats + i_row * 2 + 1)
     dense = tl.load(dense_rows + i_q) != 0
     own = tl.load(offsets + i_q + 1) - tl.load(offsets + i_q)
+    p_x = x + i_row * N
     if EACH_ROW:
-        row_steps = tl.zeros([BINS], tl.int32)
-        for i_n in range(0, N, BN):
-            o_n = i_n + tl.arange(0, BN)
-            b_x = tl.load(x + i_row * N + o_n, mask=o_n < N, other=0.0)
-            loose = (tl.load(always + o_n, mask=o_n < N, other=1) == 0) & (o_n != i_q) & ~dense
-            step = tl.where(loose, step_of_z(b_x, mean, rsqrt, BINS, REACH), 0)
-            # as above: what is not free is taken off step 0 again
-            row_steps += tl.histogram(step, BINS)
-            row_steps -= tl.where(tl.arange(0, BINS) == 0, tl.sum((~loose).to(tl.int32), 0), 0)
-        counted = row_steps.to(tl.float32)
-        # whole tiles a row
-        entries, asked = N.to(tl.float32), tl.floor(density * N + 0.5)
+        # bit by bit: a row is short and at hand, a histogram of it is not
+        b_step = free_steps(p_x, always, 0, N, i_q, dense, mean, rsqrt, BN, BINS, REACH)
+        room = tl.floor(density * N + 0.5) - N
+        room += steps_from(b_step, 0, p_x, always, N, i_q, dense, mean, rsqrt, BN, BINS, REACH,
+                           SINGLE)
+        first = tl.zeros([], tl.int32)
+        bit = tl.full([], BINS // 2, tl.int32)
+        for _ in range(TURNS):
+            above = steps_from(b_step, first + bit - 1, p_x, always, N, i_q, dense, mean, rsqrt,
+                               BN, BINS, REACH, SINGLE)
+            first += tl.where(above > room, bit, 0)
+            bit = tl.maximum(bit >> 1, 1)
+        # what the row still has room for, out of the step that does not fit whole
+        left = room - steps_from(b_step, first, p_x, always, N, i_q, dense, mean, rsqrt, BN, BINS,
+                                 REACH, SINGLE)
     else:
         counted = tl.load(histogram + i_b * BINS + tl.arange(0, BINS)).to(tl.float32)
+        above = tl.cumsum(counted, 0, reverse=True)
         entries = H.to(tl.float32) * N * N
-        asked = density * entries
-    above = tl.cumsum(counted, 0, reverse=True)
-    room = asked - (entries - tl.sum(counted, 0))
-    first = tl.sum((above > room).to(tl.int32), 0)
-    # what a row still has room for, out of the step that does not fit whole
-    left = room - tl.sum(tl.where(tl.arange(0, BINS) == first, above, 0.0), 0)
+        room = density * entries - (entries - tl.sum(counted, 0))
+        first = tl.sum((above > room).to(tl.int32), 0)
+        left = 0.0
     n_left = tl.zeros([], tl.int32)
 
     n_kept = tl.zeros([], tl.int32)
-    n_keys = tl.zeros([], tl.int64)
+    n_keys = tl.zeros([], tl.int32)
     for i_n in range(0, N, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < N
-        b_x = tl.load(x + i_row * N + o_n, mask=m_n, other=0.0)
+        b_x = tl.load(p_x + o_n, mask=m_n, other=0.0)
         step = step_of_z(b_x, mean, rsqrt, BINS, REACH)
         must = (tl.load(always + o_n, mask=m_n, other=0) != 0) | dense | (o_n == i_q)
         kept = (step >= first) | must
@@ -170,6 +200,6 @@ def tile_list_kernel(
         length = (tl.load(offsets + o_n + 1, mask=kept, other=0)
                   - tl.load(offsets + o_n, mask=kept, other=0))
         n_kept += tl.sum(kept.to(tl.int32), 0)
-        n_keys += tl.sum(length.to(tl.int64), 0)
+        n_keys += tl.sum(length, 0)
     tl.store(counts + i_row, n_kept)
-    tl.atomic_add(pairs, n_keys * own)
+    tl.atomic_add(pairs, n_keys.to(tl.int64) * own)

@@ -123,3 +123,10 @@ def test_other_shapes_and_alignments_are_looked_at(kernels):
                               "counts": args["counts"][..., :4].contiguous(),
                               "indices": args["indices"][:, :, :4].contiguous()})
     assert len(kernels) == 2
+
+
+def test_a_look_at_the_device_calls_the_kernel_as_it_is(kernels):
+    """Nothing is computed here, and nothing but that may be told of it."""
+    told = gluon_impl.broken.__wrapped__(torch.device("cpu"))
+    assert told is not None and told.startswith("wrong result")
+    assert [kernel.launches for kernel in kernels]
