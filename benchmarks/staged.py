@@ -30,8 +30,8 @@ from likeness import mean_ci  # noqa: E402
 from staged_judge import Bench, Sample, kernel_distance, scales_of  # noqa: E402
 from staged_rows import Row, grid, rows  # noqa: E402
 
-FIGURES = ("object", "colour", "pattern", "object_every_frame", "direction", "likelihood",
-           "sharpness")
+FIGURES = ("object", "colour", "pattern", "place", "object_every_frame", "direction",
+           "likelihood", "sharpness")
 # seeds from here on have not chosen anything
 FRESH = 1_000_000
 Made = dict[str, list[Sample]]

@@ -25,7 +25,7 @@ from fastdiff.pipelines.bottleneck import BottleneckSampling  # noqa: E402
 from training.captions import MOTIONS, Scene, plain_caption  # noqa: E402
 from training.classifier import DIRECTIONS, direction, displacement  # noqa: E402
 from training.data import load_sprites, make_batch, render  # noqa: E402
-from training.sampling import held_out_scenes  # noqa: E402
+from training.sampling import held_out_scenes, in_place  # noqa: E402
 
 ASKED = ("object", "colour", "pattern")
 _LEAST = -10.0  # of a log probability, so that one sample cannot outweigh all others
@@ -143,6 +143,8 @@ class Bench:
             "sharpness": float(seen["sharpness"][n].mean()),
             "features": [round(x, 4) for x in seen["features"][n].mean(0).tolist()],
         }
+        if scene.place is not None:
+            row["place"] = int(in_place(seen["centre"][n].mean(0), scene.place))
         if self.clip and scene.motion is not None and MOTIONS[scene.motion] in DIRECTIONS:
             moved = displacement(seen["centre"][n : n + 1])
             row["direction"] = int(direction(moved)[0] == MOTIONS[scene.motion])

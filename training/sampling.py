@@ -97,11 +97,11 @@ def judge(classifier: torch.nn.Module, video: Tensor, scenes: list[Scene]) -> di
     if placed:
         centres = out["centre"].mean(1)
         figures["placed"] = len(placed)
-        figures["place"] = sum(_in_place(centres[i], scenes[i].place) for i in placed) / len(placed)
+        figures["place"] = sum(in_place(centres[i], scenes[i].place) for i in placed) / len(placed)
     return figures
 
 
-def _in_place(centre: Tensor, place: tuple[int, int]) -> bool:
+def in_place(centre: Tensor, place: tuple[int, int]) -> bool:
     column, row = (0 if v < 0.44 else 2 if v > 0.56 else 1 for v in centre.tolist())
     return (column, row) == place
 
