@@ -294,10 +294,8 @@ class _Call:
                              tail=tail, impl=session.impl)
         out = block_sparse_attention(
             q, k, v, chosen.indices, chosen.counts, tiles.offsets, tiles.offsets,
-            block_q=tiles.block, block_k=tiles.block, key_mask=key_mask, tail=tail,
-            scale=self.scale, impl=impl,
-            # text keeps every tile; where it comes last, its rows would be begun last
-            uneven=skip is not None or layout.after > 0 or chosen.mask.uneven(),
+            block_q=tiles.block, block_k=tiles.block,
+            key_mask=key_mask, tail=tail, scale=self.scale, impl=impl,
         )
         if skip is not None:
             skip.note(cast(Tensor, out), tiles, branch)

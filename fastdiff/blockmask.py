@@ -31,10 +31,6 @@ class BlockMask:
         share = lengths / lengths.sum()
         return ((self.keep.float() @ share) @ share).mean()
 
-    def uneven(self) -> bool:
-        """Whether rows may differ much in length."""
-        return True
-
     def to_dense(self) -> Tensor:
         """bool [B, H, S, S] in tile order. For tests and pictures: quadratic memory."""
         lengths = self.offsets.diff().long()
@@ -44,21 +40,14 @@ class BlockMask:
 
 @dataclass(frozen=True)
 class ListedMask(BlockMask):
-    """A BlockMask whose lists and density were made with it: nothing is sorted at a call.
-
-    each_row: every row of the grid keeps as many blocks.
-    """
+    """A BlockMask whose lists and density were made with it: nothing is sorted at a call."""
 
     indices: Tensor
     counts: Tensor
     kept: Tensor
-    each_row: bool = False
 
     def lists(self) -> tuple[Tensor, Tensor]:
         return self.indices, self.counts
 
     def density(self) -> Tensor:
         return self.kept
-
-    def uneven(self) -> bool:
-        return not self.each_row

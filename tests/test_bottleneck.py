@@ -254,7 +254,7 @@ def test_the_report_tells_the_stages():
     fastdiff.enable(pipe, staged())
     call("wan", pipe)
     told = pipe.fastdiff.report.methods["bottleneck"]
-    assert told["stage 2"].startswith("32x64, 2 steps, noise 0.900 to 0.000")
+    assert told["stage 2"].startswith("32x64, 2 steps, noise 0.900 to 0.700")
     assert "not known" in told["smallest trained size"]
     assert "stage 2" in repr(pipe.fastdiff)
 

@@ -62,12 +62,12 @@ class TileSparse(Policy):
             key_mean, _ = block_pool(key, tiles.offsets, block=tiles.block)
         density = self._budget(context, query.device)
         if self._counted and isinstance(density, float):
-            each_row = self.select_by == "top-k"
             found = tile_select(query, key_mean, tiles.offsets, tiles.always, tiles.dense_rows,
-                                density=density, probes=self.probes, each_row=each_row)
+                                density=density, probes=self.probes,
+                                each_row=self.select_by == "top-k")
             pairs = query.shape[0] * query.shape[2] * query.shape[1] ** 2
             return ListedMask(found.keep, tiles.offsets, tiles.block, found.indices, found.counts,
-                              found.pairs / pairs, each_row)
+                              found.pairs / pairs)
         mass = tile_mass(query, key_mean, tiles, self.probes)
         # per key, so that a short border tile is not judged by its size
         scores = (mass / tiles.lengths).clamp_min(1e-20).log()

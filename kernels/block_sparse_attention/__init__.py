@@ -37,7 +37,6 @@ def block_sparse_attention(
     tail: Tail | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    uneven: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which query block `i` sees only the key blocks in its list.
@@ -52,7 +51,6 @@ def block_sparse_attention(
     tail: (key_mean [B, Hk, NK, D], value_mean [B, Hk, NK, D], weight float32 [B, NK],
         keep bool [B, H, NQ, NK]). A block with `keep` False enters the same softmax as one key,
         its mean, whose score is raised by log(weight); weight 0 adds nothing.
-    uneven: lists differ much in length; the longest are worked on first. Changes the time only.
     returns: [B, Sq, H, D] in query's dtype; with `return_lse` also the natural log of the
         denominator, float32 [B, H, Sq]. A query with no key at all gets zeros and -inf.
 
@@ -95,7 +93,6 @@ def block_sparse_attention(
         tail=tail,
         scale=scale,
         return_lse=return_lse,
-        uneven=uneven,
     )
     return (output, lse) if return_lse else output
 

@@ -72,14 +72,12 @@ def _run(
     key_mask: Tensor | None,
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     return_lse: bool,
-    uneven: bool,
     **sizes: Any,
 ) -> tuple[Tensor, Tensor | None]:
     key_mean, value_mean, weight, keep = tail or (None, None, None, None)
     lists = Lists(indices, counts, query_offsets, key_offsets, key_mask, weight, keep)
     output, lse = _Attention.apply(
-        partial(forward.run, uneven=uneven), backward, sizes, lists, query, key, value, key_mean,
-        value_mean,
+        forward, backward, sizes, lists, query, key, value, key_mean, value_mean
     )
     return output, lse if return_lse else None
 
@@ -88,7 +86,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        forward: Callable[..., tuple[Tensor, Tensor]],
+        forward: ModuleType,
         backward: ModuleType,
         sizes: dict[str, Any],
         lists: Lists,
@@ -99,7 +97,7 @@ class _Attention(torch.autograd.Function):
         value_mean: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         tail = None if key_mean is None else (key_mean, value_mean, lists.weight, lists.keep)
-        output, lse = forward(
+        output, lse = forward.run(
             query, key, value, *lists[:4],
             key_mask=lists.key_mask, tail=tail, return_lse=True, **sizes,
         )  # fmt: skip

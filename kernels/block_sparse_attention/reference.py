@@ -26,7 +26,6 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
-    uneven: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Dense attention under the mask that the lists describe, in float32 (float64 stays)."""
     precision = torch.promote_types(query.dtype, torch.float32)

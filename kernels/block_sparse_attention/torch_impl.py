@@ -29,7 +29,6 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
-    uneven: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows (batch, head, query block) of similar length share a gather and two batched products.
 

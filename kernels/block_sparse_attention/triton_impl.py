@@ -7,8 +7,6 @@ from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, shared_memory, triton_reasons
 
-from .order import longest_first
-
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
     (64, False): (64, 64, 4, 3),
@@ -57,7 +55,6 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
-    uneven: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One program per (batch, head, query tile), heads outermost so that K and V stay in L2.
 
@@ -101,7 +98,6 @@ def run(
         output if lse is None else lse,
         indices,
         counts,
-        longest_first(counts) if uneven else counts,
         query_offsets,
         key_offsets,
         mask,
@@ -131,7 +127,6 @@ def run(
         USE_MASK=key_mask is not None,
         USE_TAIL=tail is not None,
         USE_LSE=return_lse,
-        USE_ORDER=uneven,
         UPCAST=interpreting(),
         UNIT=unit,
         **meta,

@@ -45,7 +45,6 @@ class Case:
     all_kept: bool = False
     strided: bool = False
     seed: int = 0
-    uneven: bool = False
 
     def build(self, device: str = "cpu") -> dict:
         """The arguments of the op; entries beyond the counts are garbage, some rows are empty."""
@@ -101,7 +100,6 @@ class Case:
             "block_k": self.block_k,
             "key_mask": None if key_mask is None else key_mask.to(device),
             "tail": tail,
-            "uneven": self.uneven,
         }
 
 

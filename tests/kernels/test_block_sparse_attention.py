@@ -14,7 +14,6 @@ from fastdiff.kernels.block_sparse_attention import (
     implementations,
     probe,
 )
-from fastdiff.kernels.block_sparse_attention.order import longest_first
 
 IMPLS = ("reference", "torch")
 
@@ -191,11 +190,3 @@ def test_auto_on_the_cpu_is_torch():
     reasons = implementations("cpu", torch.float32, 64)
     assert list(reasons) == ["gluon", "triton", "torch", "reference"] and reasons["torch"] == []
     assert probe("torch", "cpu") is None
-
-
-def test_longest_rows_of_a_pair_of_heads_come_first():
-    counts = torch.tensor([[[1, 5, 2], [7, 0, 5], [3, 3, 9], [4, 6, 1]]], dtype=torch.int32)
-    assert longest_first(counts).tolist() == [3, 1, 5, 2, 0, 4, 8, 10, 9, 6, 7, 11]
-    # an odd number of heads: each for itself
-    assert longest_first(counts[:, :3]).tolist() == [1, 2, 0, 3, 5, 4, 8, 6, 7]
-    assert longest_first(counts[:, :, :0]).tolist() == []

@@ -25,8 +25,7 @@ def test_gluon(case):
 
 
 @pytest.mark.parametrize("case", [
-    Case(2, heads, 1, 517, keys, 128, 128, block_k, DTYPES[1], ragged, masked, tail, seed=block_k,
-         uneven=True)
+    Case(2, heads, 1, 517, keys, 128, 128, block_k, DTYPES[1], ragged, masked, tail, seed=block_k)
     for block_k in (64, 32, 16) for heads, keys in ((4, 1024), (3, 900))
     for ragged, masked, tail in ((False, False, False), (True, False, True), (False, True, True))
 ], ids=repr)

@@ -27,7 +27,7 @@ def small():
     yield Case(queries=32, keys=32)
     yield Case(queries=32, keys=32, all_kept=True, tail=True)
     yield Case(queries=33, keys=48, block_q=20, block_k=24, strided=True)
-    yield Case(1, 3, 1, 50, 40, 16, 9, 16, uneven=True)
+    yield Case(1, 3, 1, 50, 40, 16, 9, 16)
     yield Case(2, 4, 2, 23, 27, 16, 16, 16, torch.float32, True, True, True, seed=2)
     yield Case(2, 2, 2, 40, 40, 16, 16, 16, torch.float32, False, True, False, seed=3)
     # blocks wider than the kernels' tiles, and blocks of a single token
