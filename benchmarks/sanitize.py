@@ -33,6 +33,7 @@ from fastdiff.kernels.linear_attention import linear_attention  # noqa: E402
 from fastdiff.kernels.tile_gather import tile_gather  # noqa: E402
 from fastdiff.kernels.tile_select import tile_select  # noqa: E402
 from fastdiff.kernels.token_permute import permute_tokens, unpermute_tokens  # noqa: E402
+from fastdiff.kernels.token_select import stand_ins, top_tokens  # noqa: E402
 from fastdiff.kernels.window_attention import window_attention  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
@@ -85,7 +86,8 @@ def select(device: str) -> None:
     offsets = equal_offsets(75, 16).to(device)
     none = torch.zeros(5, dtype=torch.bool, device=device)
     mean = block_pool(k, offsets, block=16, impl="triton")[0]
-    tile_select(q, mean, offsets, none, none, density=0.5, impl="triton")
+    for each_row in (False, True):
+        tile_select(q, mean, offsets, none, none, density=0.5, each_row=each_row, impl="triton")
 
 
 def permute(device: str) -> None:
@@ -110,6 +112,12 @@ def linear(device: str) -> None:
     linear_attention(*tokens(device), impl="triton")
 
 
+def best(device: str) -> None:
+    q, k, v = (x.flatten(2) for x in tokens(device))
+    kept, dropped = top_tokens(v[..., 0], 30, impl="triton")
+    stand_ins(q, k, kept, dropped, impl="triton")
+
+
 KERNELS: dict[str, Callable[[str], None]] = {
     "block_sparse_attention, gluon": lambda device: attention("gluon", device),
     "block_sparse_attention, triton": lambda device: attention("triton", device),
@@ -119,6 +127,7 @@ KERNELS: dict[str, Callable[[str], None]] = {
     "tile_gather": gather,
     "tile_select": select,
     "token_permute": permute,
+    "token_select": best,
     "block_pool": pooled,
     "column_mass": mass,
     "linear_attention": linear,

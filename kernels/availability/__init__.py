@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["interpreting", "shared_memory", "triton_reasons"]
+__all__ = ["interpreting", "triton_reasons"]
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,14 +41,6 @@ def triton_reasons(
 def _installed() -> bool:
     # asked at every call, and a look through the import path costs more than a launch
     return find_spec("triton") is not None
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads may have; 0 without a GPU."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def interpreting() -> bool:

@@ -3,10 +3,12 @@ transpose, and one for the tail."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.availability import interpreting, shared_memory
+from fastdiff.kernels.availability import interpreting
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 QUERY_CONFIGS = {
@@ -50,6 +52,11 @@ def config(
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
     warps = min(warps, max(1, max(BM, BN) * BD // 1024))
     return {"BM": BM, "BN": BN, "BD": BD, "num_warps": warps, "num_stages": stages}
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.availability import interpreting, shared_memory, triton_reasons
+from fastdiff.kernels.availability import interpreting, triton_reasons
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
@@ -16,11 +16,8 @@ CONFIGS = {
     (128, True): (64, 16, 4, 2),
     (256, True): (64, 16, 4, 1),
 }
-# faster where blocks are wide enough and shared memory suffices; with a tail, also at 64
-WIDE = {(128, False): (128, 128, 8, 2)}
-WIDE_TAIL = {**WIDE, (64, False): (64, 128, 4, 2)}
-# bytes of shared memory a block may have, that these count on
-SHARED = 164 << 10
+# with a tail, whose loop would else run short of registers
+TAIL_CONFIGS = {**CONFIGS, (64, False): (64, 128, 4, 2)}
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -30,10 +27,8 @@ def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: in
 def config(block_q: int, block_k: int, like: Tensor, tail: bool) -> dict[str, int]:
     """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
     BD = max(16, 1 << (like.shape[-1] - 1).bit_length())
-    kind = (max(64, BD), like.dtype.itemsize == 4)
-    BM, BN, warps, stages = CONFIGS[kind]
-    if min(block_q, block_k) > 64 and shared_memory(like.device) >= SHARED:
-        BM, BN, warps, stages = (WIDE_TAIL if tail else WIDE).get(kind, CONFIGS[kind])
+    table = TAIL_CONFIGS if tail else CONFIGS
+    BM, BN, warps, stages = table[max(64, BD), like.dtype.itemsize == 4]
     BM = min(BM, max(16, 1 << (block_q - 1).bit_length()))
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
     warps = min(warps, max(1, BM // 16))
