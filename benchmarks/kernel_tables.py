@@ -19,20 +19,29 @@ def denoiser(result: Row) -> Table:
     return heads, rows
 
 
-def kernels(result: Row) -> Table:
-    """One line a shape: the best dense kernel, then each implementation's time and E."""
-    shapes: dict[tuple, list[Row]] = {}
-    for row in result["rows"]:
-        shapes.setdefault((row["name"], row["heads"], row["tokens"], row["dim"],
-                           row["density"]), []).append(row)
+# the file whose run timed plain Triton with the tiles that it has
+TRITON = "kernels_triton_cuda.json"
+# the file of a run with nothing else on the machine
+HOST = "kernels_host_cuda.json"
+
+
+def kernels(*results: Row) -> Table:
+    """One line a shape: the best dense kernel, then each implementation's time and E.
+
+    Plain Triton's are those of `TRITON` where that is among the results.
+    """
+    others = _shapes([row for r in results if r["file"] != TRITON for row in r["rows"]])
+    triton = _shapes([row for r in results if r["file"] == TRITON for row in r["rows"]]) or others
     rows = []
-    for (name, heads, tokens, dim, density), found in shapes.items():
+    for shape, found in others.items():
+        name, heads, tokens, dim, _ = shape
         dense = min((r for r in found if r["what"].startswith("dense") and "seconds" in r),
                     key=lambda r: r["seconds"])
-        cells = [name, f"{heads} x {tokens:,} x {dim}", f"{density:.3f}",
+        cells = [name, f"{heads} x {tokens:,} x {dim}", f"{dense['density']:.3f}",
                  f"{dense['seconds'] * 1e3:.2f} ({dense['what'].removeprefix('dense ')})"]
         for impl in ("gluon", "triton", "FlexAttention"):
-            row = next((r for r in found if r["what"] in (impl, f"tile-sparse, {impl}")), None)
+            rows_of = triton.get(shape, []) if impl == "triton" else found
+            row = next((r for r in rows_of if r["what"] in (impl, f"tile-sparse, {impl}")), None)
             cells.append("" if row is None or "seconds" not in row else
                          f"{row['seconds'] * 1e3:.2f}, {row['speedup']:.2f}x, "
                          f"{row['efficiency']:.2f}")
@@ -40,6 +49,45 @@ def kernels(result: Row) -> Table:
     heads = ["shape", "heads x tokens x D", "density", "best dense, ms",
              "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E"]
     return heads, rows
+
+
+def _shapes(rows: list[Row]) -> dict[tuple, list[Row]]:
+    """By shape; drawn lists differ from run to run in the third digit of their density."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["name"], row["heads"], row["tokens"], row["dim"],
+                          round(row["density"], 2)), []).append(row)
+    return found
+
+
+def kernels_note(result: Row) -> str:
+    timed = f"median of {result['settings']['rounds']}, interleaved"
+    return timed if result["file"] != TRITON else (
+        f"triton, from another run of the same hour, its speed-up and E against the dense time of "
+        f"that run: {timed}")
+
+
+def host(*results: Row) -> Table:
+    """What the host takes for one call, in the first result and once more in the others.
+
+    Of those plain Triton's row is that of `TRITON`.
+    """
+    first, others = results[0]["rows"], results[1:]
+    again = {(row["name"], row["what"]): row for r in others for row in r["rows"]
+             if (r["file"] == TRITON) == ("triton" in row["what"])}
+    rows = []
+    for row in first:
+        if row["what"] != "dense flash":
+            both = (row, again.get((row["name"], row["what"])))
+            rows.append([row["name"], row["what"], *(
+                cell for one in both for cell in (("", "") if one is None else (
+                    f"{one['seconds'] * 1e3:.2f}", f"{one['host_microseconds']:.0f}")))])
+    return ["what", "implementation", "ms", "host us a call", "again: ms", "host us a call"], rows
+
+
+def host_note(result: Row) -> str:
+    alone = "other GPUs idle" if result["file"] == HOST else "again, in a run of the first table"
+    return f"{alone}: median of {result['settings']['rounds']}, interleaved"
 
 
 def kernel_cases(result: Row) -> Table:

@@ -14,6 +14,7 @@ import freeswim_tables
 import kernel_tables
 import method_tables
 import model_tables
+import staged_tables
 import token_tables
 
 ROOT = Path(__file__).parent.parent
@@ -102,46 +103,6 @@ def batch_workers(result: dict) -> list[str]:
             _where(result, f"{_job(result)}; every job has one result, written once")]
 
 
-def staged(result: dict) -> list[str]:
-    rows = []
-    for row in result["rows"]:
-        distance = row["kernel_distance"]
-        rows.append([
-            row["variant"], "" if row["work"] is None else f"{row['work']:.2f}",
-            "" if distance is None else f"{distance:.3f}",
-            *(_mean(row[name], ".2f") if name in row else "" for name in
-              ("object", "colour", "pattern", "direction")),
-            f"{1e3 * row['sharpness']['mean']:.1f}",
-        ])
-    heads = ["run", "work", "kernel distance", "object", "colour", "pattern", "direction",
-             "sharpness"]
-    if any("likelihood" in row for row in result["rows"]):
-        heads += ["log probability of what was asked", "over fewer steps"]
-        for cells, row in zip(rows, result["rows"], strict=True):
-            gain = row.get("likelihood_over")
-            cells += [f"{row['likelihood']['mean']:.3f}", "" if gain is None else
-                      f"{gain['mean']:+.3f} ± {gain['ci95'] or 0:.3f} ({gain['run']})"]
-    made = result["settings"]
-    what = (f"{made['model']}, {made['samples']} {made['kind']}s of pairs never seen in training, "
-            f"stock has {made['steps']} steps; work is the denoiser's operations over stock's")
-    return [*table(heads, rows), "", _where(result, what)]
-
-
-def staged_loop(*results: dict) -> list[str]:
-    """Every model of all files in one table."""
-    rows = [[row["case"], row["run"], f"{row['seconds']:.2f}", f"{row['speedup']:.2f}x",
-             " + ".join(map(str, row["steps"])), " + ".join(map(str, row["steps_run"])),
-             ", ".join(f"{s:.3f}" for s in row["seconds_a_step"])]
-            for result in results for row in result["rows"]]
-    heads = ["model", "run", "s a loop", "speed-up", "steps", "of them run", "s a step"]
-    notes = []
-    for result in results:
-        cases = " and ".join(dict.fromkeys(row["case"] for row in result["rows"]))
-        how = result["settings"].get("how", "whole loops")
-        notes.append(_where(result, f"{cases}: random weights, one prompt; {how}"))
-    return [*table(heads, rows), "", *notes]
-
-
 def mask_maps(result: dict) -> list[str]:
     rows = [[row["method"], ", ".join(f"{k}={v}" for k, v in row["options"].items()),
              "on" if row["tail"] else "off", f"{row['density']:.2f}",
@@ -154,10 +115,11 @@ def mask_maps(result: dict) -> list[str]:
     return [*table(heads, rows), "", _where(result, what)]
 
 
-def _told(make: Callable[[dict], tuple[list[str], list[list[str]]]],
-          note: Callable[[dict], str]) -> Callable[[dict], list[str]]:
-    """A table of heads and rows, and a line that says what of."""
-    return lambda result: [*table(*make(result)), "", _where(result, note(result))]
+def _told(make: Callable[..., tuple[list[str], list[list[str]]]],
+          note: Callable[[dict], str]) -> Callable[..., list[str]]:
+    """A table of heads and rows, and a line for each result that says what of."""
+    return lambda *results: [*table(*make(*results)), "",
+                             *(_where(result, note(result)) for result in results)]
 
 
 def _rounds(result: dict) -> str:
@@ -194,6 +156,7 @@ _ability = _told(model_tables.ability,
                  lambda _: "prompts of pairs never seen in training, the model's own settings")
 _methods = _told(method_tables.methods, method_tables.methods_note)
 _architectures = _told(method_tables.architectures, _rounds)
+_staged = _told(staged_tables.quality, staged_tables.quality_note)
 _cases = _told(kernel_tables.kernel_cases,
                lambda _: "random sizes, strides, lists, ragged blocks and tails")
 # files of a table, more than one apart by spaces, and what makes it of them
@@ -202,7 +165,10 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "forward-cpu": ("tiny_video_forward_cpu.json", forward),
     "forward-cuda": ("tiny_video_forward_cuda.json", forward),
     "denoiser": ("denoiser_cuda.json", _told(kernel_tables.denoiser, _rounds)),
-    "kernels": ("kernels_cuda.json", _told(kernel_tables.kernels, _rounds)),
+    "kernels": ("kernels_cuda.json kernels_triton_cuda.json", _told(
+        kernel_tables.kernels, kernel_tables.kernels_note)),
+    "kernels-host": ("kernels_host_cuda.json kernels_cuda.json kernels_triton_cuda.json", _told(
+        kernel_tables.host, kernel_tables.host_note)),
     "windows": ("windows_cuda.json", _told(kernel_tables.windows, kernel_tables.windows_note)),
     "sanitize": ("sanitize_cuda.json", _told(
         kernel_tables.sanitize, lambda _: "compute-sanitizer")),
@@ -236,18 +202,21 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "methods": ("methods_tiny_video_cuda_0.25.json", _methods),
     "architectures": ("architectures_cuda.json", _architectures),
     "architectures-compiled": ("architectures_cuda_compiled.json", _architectures),
-    "staged-pictures": ("staged_tiny-video_picture_cuda.json", staged),
-    "staged-clips": ("staged_tiny-video_clip_cuda.json", staged),
-    "staged-images": ("staged_tiny-image_picture_cuda.json", staged),
+    "staged-pictures": ("staged_tiny-video_picture_cuda.json", _staged),
+    "staged-clips": ("staged_tiny-video_clip_cuda.json", _staged),
+    "staged-images-1024": ("staged_tiny-image-1024_picture_cuda.json", _staged),
+    "staged-images": ("staged_tiny-image_picture_cuda.json", _staged),
     "mask-maps": ("mask_maps.json", mask_maps),
     "backward": ("backward_cuda.json", _told(kernel_tables.backward, kernel_tables.backward_note)),
     "finetune": ("finetune_cpu_tiny.json", finetune),
     "freeswim": ("freeswim_cuda.json", freeswim),
     "freeswim-gpu": ("freeswim_gpu_cuda.json", freeswim_gpu),
-    "staged-loop": ("staged_loop_cuda.json staged_loop_2048_cuda.json", staged_loop),
-    "tokens-time": ("tokens_cuda.json", _told(token_tables.times, _rounds)),
-    "tokens-overhead": ("tokens_cuda.json", _told(
-        token_tables.overhead, lambda result: "median of 20, one block at a time, float16")),
+    "staged-loop": ("staged_loop_cuda.json staged_loop_2048_cuda.json", _told(
+        staged_tables.loops, staged_tables.loops_note)),
+    "tokens-time": ("tokens_2048_cuda.json tokens_cuda.json", _told(
+        token_tables.times, token_tables.times_note)),
+    "tokens-overhead": ("tokens_2048_cuda.json tokens_cuda.json", _told(
+        token_tables.overhead, token_tables.overhead_note)),
     "tokens-time-graph": ("tokens_cuda_graph.json", _told(
         token_tables.times, token_tables.graph_note)),
     "tokens-time-compiled": ("tokens_cuda_compiled.json", _told(
@@ -255,7 +224,9 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "tokens-overhead-graph": ("tokens_cuda_graph.json", _told(
         token_tables.overhead, lambda result: "replayed as CUDA graphs, float16")),
     "tokens-quality": ("tokens_quality_tiny-unet_cuda.json", _told(
-        token_tables.quality, lambda result: f"{result['settings']['prompts']} prompts")),
+        token_tables.quality, token_tables.quality_note)),
+    "tokens-quality-image": ("tokens_quality_tiny-image_cpu.json", _told(
+        token_tables.quality, token_tables.quality_note)),
 }
 
 

@@ -4,38 +4,77 @@ Row = dict
 Table = tuple[list[str], list[list[str]]]
 
 
-def times(result: Row) -> Table:
-    """One row a model, size and variant: one forward, its spread, and what it gains."""
-    rows = []
-    for row in result["rows"]:
-        where = (f"{row['model']}, {row['edge']} px, {row['dtype'].removeprefix('torch.')}"
-                 if "edge" in row else
-                 f"{row['model']} ({row['layers']} of {row['of_layers']} layers)")
-        rows.append([where, row["variant"], f"{row['seconds'] * 1e3:.0f}",
-                     f"{row['p20'] * 1e3:.0f} to {row['p80'] * 1e3:.0f}",
-                     f"{row['speedup']:.2f}x", row["against"]])
+def times(*results: Row) -> Table:
+    """One row a model, size and variant: one forward, its spread, and what it gains.
+
+    Results are given newest first: what one has of a model, size and dtype stands for the others'.
+    """
+    seen, groups = set(), {}
+    for result in results:
+        here = {_what(row) for row in result["rows"]}
+        for row in result["rows"]:
+            if _what(row) not in seen:
+                groups.setdefault(_what(row), []).append(row)
+        seen |= here
+    # in the order of the oldest, which has them all
+    order = dict.fromkeys(_what(row) for result in reversed(results) for row in result["rows"])
+    rows = [[what, row["variant"], f"{row['seconds'] * 1e3:.0f}",
+             f"{row['p20'] * 1e3:.0f} to {row['p80'] * 1e3:.0f}", f"{row['speedup']:.2f}x",
+             row["against"]] for what in order for row in groups[what]]
     return ["what", "variant", "ms a forward", "p20 to p80", "gain", "over"], rows
 
 
-def overhead(result: Row) -> Table:
+def times_note(result: Row) -> str:
+    """Which rows this result stands for."""
+    shown = list(dict.fromkeys(_what(row) for row in result["rows"]))
+    what = f"{shown[0]}, with today's ranking" if len(shown) == 1 else (
+        "the rest, with the ranking of that time")
+    return f"{what}: median of {result['rows'][0]['repeats']}, interleaved"
+
+
+def overhead(*results: Row) -> Table:
     """What ranking, gathering and recovering cost, a block, in half precision.
 
-    The share is that of all blocks in one stock forward of the same size and dtype.
+    The share is that of all blocks in one stock forward of the same size and dtype. Of results
+    with the same size the first one counts.
     """
+    rows: dict[int, list[list[str]]] = {}
+    for result in results:
+        made = _overhead(result)
+        for edge, found in made.items():
+            rows.setdefault(edge, found)
+    return ["picture", "layout", "tokens", "kept", "blocks", "part", "launches", "us a block",
+            "p20 to p80", "share of a step"], [row for edge in sorted(rows) for row in rows[edge]]
+
+
+def _overhead(result: Row) -> dict[int, list[list[str]]]:
+    """Rows by the picture's edge."""
     stock = {(row["edge"], row["dtype"]): row["seconds"] for row in result["rows"]
              if row["variant"] == "stock" and "edge" in row}
-    rows = []
+    rows: dict[int, list[list[str]]] = {}
     for row in result["settings"]["overhead"]:
         if row["dtype"] != "torch.float16":
             continue
         share = row["seconds"] * row["blocks"] / stock[row["edge"], row["dtype"]]
-        rows.append([f"{row['edge']} px", row["layout"], f"{row['tokens']:,}",
-                     f"{row['kept']:,}", str(row["blocks"]), row["part"],
-                     str(row.get("launches") or ""),
-                     f"{row['seconds'] * 1e6:.0f}",
-                     f"{row['p20'] * 1e6:.0f} to {row['p80'] * 1e6:.0f}", f"{share:.1%}"])
-    return ["picture", "layout", "tokens", "kept", "blocks", "part", "launches",
-            "us a block", "p20 to p80", "share of a step"], rows
+        rows.setdefault(row["edge"], []).append([
+            f"{row['edge']} px", row["layout"], f"{row['tokens']:,}", f"{row['kept']:,}",
+            str(row["blocks"]), row["part"], str(row.get("launches") or ""),
+            f"{row['seconds'] * 1e6:.0f}",
+            f"{row['p20'] * 1e6:.0f} to {row['p80'] * 1e6:.0f}", f"{share:.1%}"])
+    return rows
+
+
+def overhead_note(result: Row) -> str:
+    edges = sorted({row["edge"] for row in result["settings"]["overhead"]})
+    what = f"{edges[0]} px, with today's ranking" if len(edges) == 1 else (
+        f"{edges[0]} px, with the ranking of that time")
+    return f"{what}: median of 20, one block at a time, float16"
+
+
+def _what(row: Row) -> str:
+    if "edge" not in row:
+        return f"{row['model']} ({row['layers']} of {row['of_layers']} layers)"
+    return f"{row['model']}, {row['edge']} px, {row['dtype'].removeprefix('torch.')}"
 
 
 def graph_note(result: Row) -> str:
@@ -50,10 +89,16 @@ def graph_note(result: Row) -> str:
 
 def quality(result: Row) -> Table:
     """Likeness to stock and prompt control, one row a variant."""
-    rows = [[row["variant"], f"{row['seconds']:.2f}",
+    rows = [[row["variant"], f"{row['seconds'] * 1e3:.0f}",
              f"{row['psnr']['mean']:.1f} ± {row['psnr']['ci95']:.1f}",
              f"{row['ssim']['mean']:.3f}",
              *(f"{row['control'][k]:.2f}" for k in ("object", "colour", "pattern"))]
             for row in result["rows"]]
-    return ["variant", "s a picture", "PSNR to stock, dB", "SSIM", "object", "colour",
+    return ["variant", "ms a picture", "PSNR to stock, dB", "SSIM", "object", "colour",
             "pattern"], rows
+
+
+def quality_note(result: Row) -> str:
+    made = result["settings"]
+    return (f"{made['model']}, {made['prompts']} pictures of {made['call']['height']} px, "
+            f"{made['call']['num_inference_steps']} steps, {made['dtype']}")
