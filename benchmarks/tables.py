@@ -223,6 +223,8 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
         token_tables.times, lambda result: f"transformer layers compiled; {_rounds(result)}")),
     "tokens-overhead-graph": ("tokens_cuda_graph.json", _told(
         token_tables.overhead, lambda result: "replayed as CUDA graphs, float16")),
+    "tokens-operations": ("token_operations.json", _told(
+        token_tables.operations, lambda _: "stock over what is left, ranking not counted")),
     "tokens-quality": ("tokens_quality_tiny-unet_cuda.json", _told(
         token_tables.quality, token_tables.quality_note)),
     "tokens-quality-image": ("tokens_quality_tiny-image_cpu.json", _told(

@@ -27,8 +27,8 @@ def times(*results: Row) -> Table:
 def times_note(result: Row) -> str:
     """Which rows this result stands for."""
     shown = list(dict.fromkeys(_what(row) for row in result["rows"]))
-    what = f"{shown[0]}, with today's ranking" if len(shown) == 1 else (
-        "the rest, with the ranking of that time")
+    what = f"{shown[0]}, with the ranking as it is" if len(shown) == 1 else (
+        "the rest, before ranking got faster")
     return f"{what}: median of {result['rows'][0]['repeats']}, interleaved"
 
 
@@ -66,8 +66,8 @@ def _overhead(result: Row) -> dict[int, list[list[str]]]:
 
 def overhead_note(result: Row) -> str:
     edges = sorted({row["edge"] for row in result["settings"]["overhead"]})
-    what = f"{edges[0]} px, with today's ranking" if len(edges) == 1 else (
-        f"{edges[0]} px, with the ranking of that time")
+    what = f"{edges[0]} px, with the ranking as it is" if len(edges) == 1 else (
+        f"{edges[0]} px, before ranking got faster")
     return f"{what}: median of 20, one block at a time, float16"
 
 
@@ -85,6 +85,16 @@ def graph_note(result: Row) -> str:
                for name, reason in found.items()}
     return note + "".join(f"; {name} cannot be captured: {reason}"
                           for name, reason in reasons.items())
+
+
+def operations(result: Row) -> Table:
+    """What counting operations allows at most."""
+    rows = [[f"{row['edge']} px", f"{row['tera']:.1f}", f"{row['deep_layers']:.0%}",
+             f"{row['self_attention']:.0%}",
+             *(f"{row[name]:.2f}x" for name in ("at_edm", "kv_downsample", "both"))]
+            for row in result["rows"]]
+    return ["picture", "10^12 operations a forward", "in the layers at a quarter of the side",
+            "in all self-attention", "at-edm at most", "kv-downsample at most", "both"], rows
 
 
 def quality(result: Row) -> Table:

@@ -9,9 +9,11 @@ from PIL import Image, ImageSequence
 from fastdiff.cli import bench
 from fastdiff.layout import TokenLayout
 
-attention_mass, chart, gallery, method_tables, model_tables, quality_time, sheets, tables = (
-    bench.script(name) for name in ("attention_mass", "chart", "gallery", "method_tables",
-                                    "model_tables", "quality_time", "sheets", "tables"))
+attention_mass, chart, gallery, kernel_tables, method_tables, model_tables, quality_time = (
+    bench.script(name) for name in ("attention_mass", "chart", "gallery", "kernel_tables",
+                                    "method_tables", "model_tables", "quality_time"))
+sheets, tables, token_operations, token_tables = (
+    bench.script(name) for name in ("sheets", "tables", "token_operations", "token_tables"))
 
 # tables
 
@@ -53,6 +55,37 @@ def test_the_columns_of_an_ability_table_are_those_of_its_rows():
     assert heads[-1] == "asked place"
     assert [row[-1] for row in rows] == ["", "25.0% of 4"]
     assert all(len(row) == len(heads) for row in rows)
+
+
+def test_a_newer_file_stands_for_the_rows_that_both_have():
+    def timed(seconds: float, edge: int) -> dict:
+        return {"model": "m", "edge": edge, "dtype": "torch.float16", "variant": "stock",
+                "seconds": seconds, "p20": 0.0, "p80": 1.0, "speedup": 1.0, "against": "stock"}
+
+    old, new = result([timed(0.1, 1024), timed(0.2, 2048)]), result([timed(0.15, 2048)])
+    _, rows = token_tables.times(new, old)
+    assert [(row[0], row[2]) for row in rows] == [
+        ("m, 1024 px, float16", "100"), ("m, 2048 px, float16", "150")]
+
+
+def test_plain_triton_is_timed_against_the_dense_kernel_of_its_own_run():
+    def timed(what: str, seconds: float, density: float, **more: float) -> dict:
+        return {"name": "a", "heads": 1, "tokens": 64, "dim": 8, "density": density,
+                "what": what, "seconds": seconds, **more}
+
+    ours = {"speedup": 2.0, "efficiency": 0.5}
+    first = {**result([timed("dense cudnn", 1e-3, 0.125), timed("gluon", 5e-4, 0.125, **ours),
+                       timed("triton", 9e-4, 0.125, **ours)]), "file": "kernels_cuda.json"}
+    second = {**result([timed("triton", 7e-4, 0.1249, speedup=3.0, efficiency=0.6)]),
+              "file": kernel_tables.TRITON}
+    _, (row,) = kernel_tables.kernels(first, second)
+    assert row[3:] == ["1.00 (cudnn)", "0.50, 2.00x, 0.50", "0.70, 3.00x, 0.60", ""]
+
+
+def test_operations_bound_the_gain_of_fewer_tokens():
+    row = token_operations.count(128, tiny=True)
+    assert 1 < row["at_edm"] < row["both"]
+    assert 1 < row["kv_downsample"] < row["both"]
 
 
 def over(mean: float, ci: float, **row: object) -> dict:
