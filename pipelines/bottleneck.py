@@ -54,7 +54,7 @@ class BottleneckSampling(Method):
         up to sigma_start again; continue does so from the last step's clean estimate, straight to
         the next sigma_start; matched-noise resizes the noisy latent so that its noise stays white,
         for scales that are whole multiples. None takes the preset's, else continue: better than
-        restart in every comparison (docs/bottleneck.md).
+        restart in most comparisons (docs/bottleneck.md).
     resize: bicubic, bilinear, area or nearest, for clean latents.
     noise: fresh is drawn from the call's generator; correlated is the call's first noise at the
         stage's size, which keeps a seed's picture nearer to stock.
