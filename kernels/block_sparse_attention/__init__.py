@@ -160,8 +160,8 @@ def probe(impl: str, device: torch.device | str) -> str | None:
     indices = indices.expand(1, 2, 3, 2).contiguous()
     counts = torch.tensor([2, 1, 2], dtype=torch.int32, device=device).expand(1, 2, 3).contiguous()
 
-    def run(name: str, *qkv: Tensor) -> Tensor:
-        found = block_sparse_attention(*qkv, indices, counts, offsets, offsets, block_q=block,
+    def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = block_sparse_attention(q, k, v, indices, counts, offsets, offsets, block_q=block,
                                        block_k=block, impl=name)
         return found[0] if isinstance(found, tuple) else found
 
