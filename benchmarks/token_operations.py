@@ -27,7 +27,7 @@ from fastdiff.tokens.kv_downsample import KVDownsample  # noqa: E402
 def count(edge: int, tiny: bool = False) -> dict[str, Any]:
     """Operations of one stock forward, a batch of two, and what is left of them by each method."""
     with torch.device("meta"):
-        model = token_models.sdxl(tiny)
+        model: Any = token_models.sdxl(tiny)
     # plain products, which the counter sees
     model.set_attn_processor(AttnProcessor())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
