@@ -67,6 +67,9 @@ def rows_of(pipe: Any, linfusion: Path | None) -> dict[str, tuple[Method, ...]]:
         return found
     for recover in ("similar", "increment", "own"):
         found[f"at-edm, {recover}"] = (AtEdm(recover=recover, **off),)
+    for recover in ("similar", "increment"):
+        found[f"at-edm, {recover}, alike in attention"] = (
+            AtEdm(recover=recover, alike="attention", **off),)
     found |= {
         "at-edm, 3 iterations": (AtEdm(iterations=3, **off),),
         "at-edm, no early steps": (AtEdm(early_steps=0, **off),),
@@ -110,13 +113,14 @@ class Studio:
 def runs(studio: Studio, args: argparse.Namespace, rows: dict[str, tuple[Method, ...]]
          ) -> list[tuple[str, tuple[Method, ...], dict[str, Any]]]:
     """(name, methods, changes of the call): the methods, then fewer steps, then the peer."""
-    found = [(name, methods, {}) for name, methods in rows.items()]
+    found: list[tuple[str, tuple[Method, ...], dict[str, Any]]] = [
+        (name, methods, {}) for name, methods in rows.items()]
     for share in (0.9, 0.8, 0.7, 0.6):
         steps = max(1, round(share * args.steps))
         found.append((f"stock, {steps} steps", (), {"num_inference_steps": steps}))
     if hasattr(studio.pipe, "unet") and find_spec("tomesd") is not None:
         found.append((PEER, (), {}))
-    return found
+    return [run for run in found if not args.only or run[0] in (STOCK, *args.only)]
 
 
 @torch.no_grad()
@@ -184,6 +188,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--only", nargs="*", default=[], help="rows beside stock, by their names")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tiny", action="store_true", help="an untrained model, two prompts")
     parser.add_argument("-o", "--output", type=Path, default=record.RESULTS)

@@ -133,7 +133,8 @@ def overhead(
             "rank: order": lambda score=score, count=count: parted(score.exp().mean(1), count),
             "rank: stand-ins": lambda q=q, k=k, kept=kept, dropped=dropped: stand_ins(
                 q, k, kept, None, dropped),
-            "rank: all of it": lambda q=q, k=k, n=count: rank_by_attention(q, k, None, n, 1, 1),
+            "rank: all of it": lambda q=q, k=k, n=count: rank_by_attention(
+                q, k, None, n, 1, 1, "keys"),
             "gather": lambda states=states, kept=kept: rows(states, kept),
             "recover": lambda fewer=fewer, place=place: rows(fewer, place),
         }

@@ -27,8 +27,8 @@ class AtEdm(Pruner):
     paper: where the ranking and the pruning stand, the dagger layout, recovery by similarity, a
     schedule that prunes less in early steps. Not confirmed against it: how heads are put together,
     how many early steps (`early_steps`), and that similarity is read along the rows. Ours: ranking
-    without the map, similarity by the product over the heads, aligned branches, blocks of a single
-    layer, `recover="increment"`.
+    without the map, stand-ins by similar keys (`alike="attention"` is the paper's), aligned
+    branches, blocks of a single layer, `recover="increment"`.
     """
 
     name: ClassVar[str] = "at-edm"
@@ -43,10 +43,10 @@ class AtEdm(Pruner):
     def rank(
         self, query: Tensor, key: Tensor, scale: float | None, count: int, branches: int
     ) -> tuple[Tensor, Tensor]:
-        return rank_by_attention(query, key, scale, count, branches, self.iterations)
+        return rank_by_attention(query, key, scale, count, branches, self.iterations, self.alike)
 
     def rank_key(self) -> str:
-        return f"iterations {self.iterations}"
+        return f"iterations {self.iterations}, alike in {self.alike}"
 
 
 @torch.library.custom_op("fastdiff::rank_by_attention", mutates_args=())
@@ -57,15 +57,16 @@ def rank_by_attention(
     count: int,
     branches: int,
     iterations: int,
+    alike: str,
 ) -> tuple[Tensor, Tensor]:
     """Kept positions [B, count] and everyone's stand-in [B, S]; query, key: [B, S, H, D]."""
     score = aligned(page_rank(query, key, iterations, scale).mean(1), branches)
     kept, dropped = parted(score, count)
-    return kept, stand_ins(query, key, kept, scale, dropped)
+    return kept, stand_ins(query, key, kept, scale, dropped, alike)
 
 
 @rank_by_attention.register_fake
-def _(query, key, scale, count, branches, iterations):
+def _(query, key, scale, count, branches, iterations, alike):
     shape = query.shape[:2]
     return (query.new_empty((shape[0], count), dtype=torch.int64),
             query.new_empty(shape, dtype=torch.int64))

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastdiff.method import Host, Method, check
 from fastdiff.tokens.entry import Branches, Entry, Phase, Site, check_steps, sites
 from fastdiff.tokens.pruned_block import Block, layers_of
+from fastdiff.tokens.rank import ALIKE
 
 RECOVER = ("similar", "increment", "own")
 LAYOUTS = ("dagger", "all")
@@ -31,9 +32,11 @@ class Pruner(Method):
     early_steps: first steps, in which the ranking is unreliable, that leave the first block of
         every down stage and the last of every up stage whole; an int counts steps, a float is a
         fraction of them.
-    recover: what a dropped token becomes: "similar" takes the final state of the kept token that
-        it attended to most, "increment" adds that token's change to its own state, "own" keeps its
-        own state.
+    recover: what a dropped token becomes: "similar" takes the final state of its stand-in, a kept
+        token, "increment" adds the stand-in's change to its own state, "own" keeps its own state.
+    alike: which kept token stands in: "keys" the one with the most similar key, by the cosine over
+        all heads; "attention" the one that it attends to most, as AT-EDM has it. Measured:
+        docs/tokens.md.
     align: both guidance branches of a sample drop the same tokens.
     guard: a block is pruned only where a measurement on this machine says that it pays.
     """
@@ -44,6 +47,7 @@ class Pruner(Method):
     layout: str = "dagger"
     early_steps: int | float = 0.2
     recover: str = "similar"
+    alike: str = "keys"
     align: bool = True
     guard: bool = True
 
@@ -51,6 +55,7 @@ class Pruner(Method):
         check(0 < self.keep <= 1, "keep", self.keep, "a number over 0, at most 1")
         check(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
         check(self.recover in RECOVER, "recover", self.recover, f"one of {', '.join(RECOVER)}")
+        check(self.alike in ALIKE, "alike", self.alike, f"one of {', '.join(ALIKE)}")
         check_steps("early_steps", self.early_steps)
 
     def rank(

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastdiff.kernels import token_select
 from fastdiff.kernels.column_mass import column_mass, row_lse
 
+# what makes a kept token stand in for a dropped one
+ALIKE = ("keys", "attention")
 # most entries of a similarity matrix in memory at a time
 PAIRS = 1 << 24
 
@@ -60,18 +62,25 @@ def rest_of(kept: Tensor, tokens: int) -> Tensor:
 
 def stand_ins(
     query: Tensor, key: Tensor, kept: Tensor, scale: float | None = None,
-    dropped: Tensor | None = None,
+    dropped: Tensor | None = None, alike: str = "keys",
 ) -> Tensor:
     """For every token the place in `kept` of the token that stands in for it, int64 [B, S].
 
-    A kept token stands in for itself. A dropped one is represented by the kept token that it
-    attends to most: the highest product of probabilities over the heads, which is the highest sum
-    of their logits, since a row's softmax denominators are the same for all columns.
+    A kept token stands in for itself. A dropped one is represented by the kept token whose key is
+    most similar, by the cosine over all heads. alike="attention" takes the one that it attends to
+    most: the highest product of probabilities over the heads, which is the highest sum of their
+    logits, since a row's softmax denominators are the same for all columns.
     query, key: [B, S, H, D]; kept: int64 [B, K]; dropped: the other positions, where known.
     """
     dropped = rest_of(kept, query.shape[1]) if dropped is None else dropped
-    return token_select.stand_ins(query.flatten(2), key.flatten(2), kept, dropped,
-                                  scale=float(scale or query.shape[-1] ** -0.5))
+    k = key.flatten(2)
+    if alike == "attention":
+        return token_select.stand_ins(query.flatten(2), k, kept, dropped,
+                                      scale=float(scale or query.shape[-1] ** -0.5))
+    # the length of the dropped token's own key changes no order
+    precision = torch.promote_types(k.dtype, torch.float32)
+    length = torch.linalg.vector_norm(k, dim=-1, keepdim=True, dtype=precision)
+    return token_select.stand_ins(k, k / length.clamp_min(1e-6).to(k.dtype), kept, dropped)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

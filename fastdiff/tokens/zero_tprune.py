@@ -52,10 +52,11 @@ class ZeroTPrune(Pruner):
         self, query: Tensor, key: Tensor, scale: float | None, count: int, branches: int
     ) -> tuple[Tensor, Tensor]:
         return rank_in_stages(query, key, scale, count, branches, self.similar, self.iterations,
-                              self.least, self.most)
+                              self.least, self.most, self.alike)
 
     def rank_key(self) -> str:
-        return f"similar {self.similar:g}, iterations {self.iterations}"
+        return (f"similar {self.similar:g}, iterations {self.iterations}, "
+                f"alike in {self.alike}")
 
 
 @torch.library.custom_op("fastdiff::rank_in_stages", mutates_args=())
@@ -69,6 +70,7 @@ def rank_in_stages(
     iterations: int,
     least: float,
     most: float,
+    alike: str,
 ) -> tuple[Tensor, Tensor]:
     """Kept positions [B, count] and everyone's stand-in [B, S]; query, key: [B, S, H, D]."""
     tokens = query.shape[1]
@@ -79,11 +81,11 @@ def rank_in_stages(
     q, k = (rows(x.flatten(2), left).unflatten(2, heads) for x in (query, key))
     score = over_heads(page_rank(q, k, iterations, scale), least, most)
     kept = left.gather(1, best(aligned(score, branches), count))
-    return kept, stand_ins(query, key, kept, scale)
+    return kept, stand_ins(query, key, kept, scale, alike=alike)
 
 
 @rank_in_stages.register_fake
-def _(query, key, scale, count, branches, similar, iterations, least, most):
+def _(query, key, scale, count, branches, similar, iterations, least, most, alike):
     shape = query.shape[:2]
     return (query.new_empty((shape[0], count), dtype=torch.int64),
             query.new_empty(shape, dtype=torch.int64))

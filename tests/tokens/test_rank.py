@@ -39,7 +39,7 @@ def test_page_rank_equals_the_dense_one(tokens, iterations, sharp, seed):
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=0)
     torch.testing.assert_close(found.mean(-1), torch.ones(2, 3, dtype=torch.float64))
     count = max(1, tokens // 3)
-    kept, _ = rank_by_attention(query, key, None, count, 1, iterations)
+    kept, _ = rank_by_attention(query, key, None, count, 1, iterations, "keys")
     assert torch.equal(kept, best(wanted.mean(1), count))
 
 
@@ -54,7 +54,7 @@ def test_uniform_and_doubly_stochastic_attention_rank_nothing():
     """Equal scores: the first tokens stay, whatever the rounding of an equal sum is."""
     query, key = attention(sharp=0.0)
     torch.testing.assert_close(page_rank(query, key, 4), torch.ones_like(page_rank(query, key, 1)))
-    kept, _ = rank_by_attention(query, key, None, 10, 1, 1)
+    kept, _ = rank_by_attention(query, key, None, 10, 1, 1, "keys")
     assert torch.equal(kept, torch.arange(10).expand(2, 10))
     # a circulant map: scores q_i k_j depend on i - j alone
     angle = torch.arange(16, dtype=torch.float64) * (2 * torch.pi / 16)
@@ -80,13 +80,28 @@ def test_aligned_branches_of_each_sample():
 def test_stand_ins_are_the_most_attended_kept_tokens(tokens, count):
     query, key = attention(tokens)
     kept = best(torch.rand(2, tokens), count)
-    place = stand_ins(query, key, kept)
+    place = stand_ins(query, key, kept, alike="attention")
     assert torch.equal(place.gather(1, kept), torch.arange(count).expand(2, count))
     log_product = dense(query, key).log().sum(1)
     for sample in range(2):
         for token in rest_of(kept, tokens)[sample].tolist():
             seen = log_product[sample, token, kept[sample]]
             assert place[sample, token] == seen.argmax()
+
+
+@pytest.mark.parametrize("tokens,count", [(30, 11), (7, 7), (7, 1)])
+def test_stand_ins_have_the_most_similar_keys(tokens, count):
+    query, key = attention(tokens)
+    # lengths of keys say nothing
+    key = key * torch.logspace(-2, 2, tokens).view(1, tokens, 1, 1)
+    kept = best(torch.rand(2, tokens), count)
+    place = stand_ins(query, key, kept)
+    assert torch.equal(place.gather(1, kept), torch.arange(count).expand(2, count))
+    for sample in range(2):
+        flat = key[sample].flatten(1)
+        for token in rest_of(kept, tokens)[sample].tolist():
+            cosine = torch.cosine_similarity(flat[token], flat[kept[sample]], dim=-1)
+            assert place[sample, token] == cosine.argmax()
 
 
 def test_stand_ins_in_chunks(monkeypatch):
@@ -99,7 +114,7 @@ def test_stand_ins_in_chunks(monkeypatch):
 
 def test_gather_and_fill_keep_kept_rows_exactly():
     query, key = attention(20)
-    kept, place = rank_by_attention(query, key, None, 7, 1, 1)
+    kept, place = rank_by_attention(query, key, None, 7, 1, 1, "keys")
     states = torch.randn(2, 20, 5)
     filled = rows(rows(states, kept), place)
     assert torch.equal(rows(filled, kept), rows(states, kept))
@@ -109,8 +124,8 @@ def test_gather_and_fill_keep_kept_rows_exactly():
 
 
 @pytest.mark.parametrize("ranking", [
-    lambda q, k, b: rank_by_attention(q, k, None, 9, b, 2),
-    lambda q, k, b: rank_in_stages(q, k, None, 9, b, 0.4, 3, 0.01, 0.7),
+    lambda q, k, b: rank_by_attention(q, k, None, 9, b, 2, "attention"),
+    lambda q, k, b: rank_in_stages(q, k, None, 9, b, 0.4, 3, 0.01, 0.7, "keys"),
 ])
 def test_a_batch_is_ranked_sample_by_sample(ranking):
     query, key = attention(31, batch=4)
@@ -126,8 +141,8 @@ def test_a_batch_is_ranked_sample_by_sample(ranking):
 def test_ranking_operators_are_well_formed():
     query, key = (x.float() for x in attention(12))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(rank_by_attention, (query, key, None, 5, 2, 1), test_utils=checks)
-    arguments = (query, key, 0.3, 5, 1, 0.3, 2, 0.01, 0.7)
+    torch.library.opcheck(rank_by_attention, (query, key, None, 5, 2, 1, "keys"), test_utils=checks)
+    arguments = (query, key, 0.3, 5, 1, 0.3, 2, 0.01, 0.7, "attention")
     torch.library.opcheck(rank_in_stages, arguments, test_utils=checks)
 
 
@@ -155,5 +170,5 @@ def test_the_similarity_stage_drops_copies_of_important_tokens():
 
 def test_without_the_similarity_stage_only_importance_is_left():
     query, key = attention(24, heads=1)
-    kept, _ = rank_in_stages(query, key, None, 8, 1, 0.0, 2, 0.0, 1e9)
+    kept, _ = rank_in_stages(query, key, None, 8, 1, 0.0, 2, 0.0, 1e9, "keys")
     assert torch.equal(kept, best(dense_page_rank(query, key, 2)[:, 0], 8))
