@@ -227,6 +227,8 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
         token_tables.operations, lambda _: "stock over what is left, ranking not counted")),
     "tokens-quality": ("tokens_quality_tiny-unet_cuda.json", _told(
         token_tables.quality, token_tables.quality_note)),
+    "tokens-quality-alike": ("tokens_quality_tiny-unet_cpu.json", _told(
+        token_tables.quality, token_tables.quality_note)),
     "tokens-quality-image": ("tokens_quality_tiny-image_cpu.json", _told(
         token_tables.quality, token_tables.quality_note)),
 }
