@@ -1,18 +1,42 @@
-"""Whether Triton kernels can run on a device: compiled on a GPU, or interpreted on a CPU."""
+"""Which implementation runs a call, and whether Triton kernels can: compiled, or interpreted."""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import torch
 
-__all__ = ["interpreting", "triton_reasons"]
+__all__ = ["choose", "interpreting", "triton_reasons"]
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 256)
+
+
+def choose(
+    impl: str, device: torch.device, known: Iterable[str], auto: tuple[str, ...],
+    reasons: Callable[[str], list[str]], call: str,
+) -> str:
+    """The implementation that runs a call: `impl`, or for "auto" the first of `auto` that can.
+
+    known: all names. reasons: why a named one cannot run the call. call: what was asked, in words.
+    Raises ValueError, with every reason, where none can run it. A name is taken at its word.
+    """
+    if impl != "auto" and impl not in known:
+        raise ValueError(f"impl must be 'auto' or one of {list(known)}, got {impl!r}")
+    refused = {}
+    for name in auto if impl == "auto" else (impl,):
+        # an interpreted kernel on the CPU is for tests, so only its own name selects it
+        if impl == "auto" and name != "torch" and device.type == "cpu":
+            continue
+        refused[name] = reasons(name)
+        if not refused[name]:
+            return name
+    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
+    raise ValueError(f"no implementation for {call} ({told})")
 
 
 def triton_reasons(

@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.availability import choose
+
 from . import backward
 
 __all__ = ["block_sparse_attention", "chosen", "implementations", "probe"]
@@ -115,25 +117,19 @@ def chosen(
 
     Raises ValueError, with every reason, where none can run it. A name is taken at its word.
     """
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
     device, dtype, head_dim = query.device, query.dtype, query.shape[-1]
-    refused = {}
-    for name in AUTO if impl == "auto" else (impl,):
-        # an interpreted kernel on the CPU is for tests, so only its own name selects it
-        if impl == "auto" and name != "torch" and device.type == "cpu":
-            continue
-        reasons = _module(name).not_supported_reasons(device, dtype, head_dim)
+
+    def reasons(name: str) -> list[str]:
+        found = _module(name).not_supported_reasons(device, dtype, head_dim)
         refusal = getattr(_module(name), "refusal", None)
-        if not reasons and refusal is not None:
+        if not found and refusal is not None:
             told = refusal(query, key, value, block_q=block_q, block_k=block_k,
                            key_mask=key_mask, tail=tail)
-            reasons = [told] if told else []
-        if not reasons:
-            return name
-        refused[name] = reasons
-    told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise ValueError(f"no implementation for {device}, {dtype}, head_dim={head_dim} ({told})")
+            return [told] if told else []
+        return found
+
+    return choose(impl, device, IMPLEMENTATIONS, AUTO, reasons,
+                  f"{device}, {dtype}, head_dim={head_dim}")
 
 
 def implementations(

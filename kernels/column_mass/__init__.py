@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.availability import choose
+
 __all__ = ["column_mass", "implementations", "row_lse"]
 
 # name -> module, most wanted first; "auto" walks AUTO in this order
@@ -76,18 +78,11 @@ def _module(name: str) -> ModuleType:
 
 
 def _choose(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    refused = {}
-    for name in AUTO if impl == "auto" else (impl,):
-        # an interpreted kernel on the CPU is for tests, so only its own name selects it
-        if impl == "auto" and name != "torch" and device.type == "cpu":
-            continue
-        refused[name] = _module(name).not_supported_reasons(device, dtype, head_dim)
-        if not refused[name]:
-            return _module(name)
-    told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise ValueError(f"no implementation for {device}, {dtype}, head_dim={head_dim} ({told})")
+    name = choose(
+        impl, device, IMPLEMENTATIONS, AUTO,
+        lambda name: _module(name).not_supported_reasons(device, dtype, head_dim),
+        f"{device}, {dtype}, head_dim={head_dim}")
+    return _module(name)
 
 
 def _scale(scale: float | None, query: Tensor) -> float:

@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.availability import choose
+
 __all__ = ["implementations", "linear_attention"]
 
 # name -> module, most wanted first; "auto" walks AUTO in this order
@@ -53,20 +55,14 @@ def _module(name: str) -> ModuleType:
 def _choose(
     impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool
 ) -> ModuleType:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    refused = {}
-    for name in AUTO if impl == "auto" else (impl,):
-        # an interpreted kernel on the CPU is for tests, so only its own name selects it
-        if impl == "auto" and name != "torch" and device.type == "cpu":
-            continue
-        refused[name] = _module(name).not_supported_reasons(device, dtype, head_dim)
+    def reasons(name: str) -> list[str]:
+        found = _module(name).not_supported_reasons(device, dtype, head_dim)
         if gradients and name == "triton":
-            refused[name] = [*refused[name], "gradients are wanted, and it has no backward"]
-        if not refused[name]:
-            return _module(name)
-    told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise ValueError(f"no implementation for {device}, {dtype}, head_dim={head_dim} ({told})")
+            return [*found, "gradients are wanted, and it has no backward"]
+        return found
+
+    return _module(choose(impl, device, IMPLEMENTATIONS, AUTO, reasons,
+                          f"{device}, {dtype}, head_dim={head_dim}"))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, eps: float) -> None:
