@@ -1,4 +1,4 @@
-"""The meaning of token selection: a stable sort, and the whole matrix of products."""
+"""The meaning of token selection: every token against every other, and all products."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ def not_supported_reasons(device: torch.device, dtype: torch.dtype, tokens: int)
 
 
 def top_tokens(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    order = score.argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
+    nan = score.isnan()
+    # [B, i, j]: whether j is above i; NaN is above every number
+    above = (score[:, None] > score[:, :, None]) | (nan[:, None] & ~nan[:, :, None])
+    tokens = torch.arange(score.shape[1], device=score.device)
+    before = tokens[None] < tokens[:, None]
+    better = above | (~above & ~above.mT & before)
+    kept = better.sum(-1) < count
+    parts = (kept, count), (~kept, len(tokens) - count)
+    first, other = (mask.nonzero()[:, 1].view(len(score), size) for mask, size in parts)
+    return first, other
 
 
 def stand_ins(
