@@ -1,16 +1,13 @@
 """Linear attention: by hand, its symmetries, and every implementation against float64."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from attention_cases import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_process import run_apart
 
 from fastdiff.kernels.linear_attention import implementations, linear_attention
 
@@ -132,9 +129,5 @@ except ValueError as error:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton():
     """Interpreted in a process of its own, or compiled where a GPU is."""
-    environment = {**os.environ, "PYTHONPATH": "."}
-    if not torch.cuda.is_available():
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, text=True,
-                          cwd=Path(__file__).parents[2], capture_output=True)
+    done = run_apart(TRITON)
     assert done.returncode == 0 and "all right" in done.stdout, done.stderr[-3000:]
