@@ -16,11 +16,11 @@ def interleaved(runs: dict[str, Run], rounds: int, device: str) -> dict[str, lis
     """Seconds of a call of every candidate. Each round, each is called for about 20 ms in a row:
     the device then never waits for the host, unless the host is what is slow."""
     found: dict[str, list[float]] = {name: [] for name in runs}
-    timed = _timed_cuda if device == "cuda" else _timed_cpu
-    calls = {name: max(1, min(50, round(0.02 / timed(run, 1)))) for name, run in runs.items()}
+    calls = {name: max(1, min(50, round(0.02 / timed(run, 1, device))))
+             for name, run in runs.items()}
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(timed(run, calls[name]))
+            found[name].append(timed(run, calls[name], device))
     return found
 
 
@@ -43,7 +43,13 @@ def tried(
     return rows, interleaved(working, rounds, device)
 
 
-def _timed_cuda(run: Run, calls: int) -> float:
+def timed(run: Run, calls: int, device: str) -> float:
+    """Seconds of a call; on a GPU between events, on a CPU by the clock."""
+    if device != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(calls):
@@ -51,13 +57,6 @@ def _timed_cuda(run: Run, calls: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / calls
-
-
-def _timed_cpu(run: Run, calls: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
 
 
 def host_microseconds(run: Run, calls: int = 100) -> float:

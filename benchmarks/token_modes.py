@@ -8,6 +8,7 @@ from typing import Any
 
 import record
 import torch
+from timing import timed
 from token_models import STOCK, enabled, inputs_of, materialised
 from torch import Tensor
 
@@ -60,19 +61,9 @@ def _aside() -> Any:
 
 def seconds_of(run: Run, device: str, calls: int = 1) -> float:
     """Seconds of a call. On a GPU between events, behind one call that keeps it from waiting."""
-    if device != "cuda":
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - begin) / calls
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    begin.record()
-    for _ in range(calls):
+    if device == "cuda":
         run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+    return timed(run, calls, device)
 
 
 @torch.no_grad()
