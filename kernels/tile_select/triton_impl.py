@@ -9,6 +9,8 @@ from fastdiff.kernels.availability import interpreting, triton_reasons
 
 HEAD_DIM = 256
 TILES = 16384
+# tiles of a row that a program holds at a time
+ROW = 2048
 BINS, REACH = 1024, 8.0
 
 
@@ -57,7 +59,7 @@ def run(
         ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, EACH_ROW=each_row, UPCAST=interpreting(),
         num_warps=4,
     )
-    BN = min(2048, max(16, 1 << (N - 1).bit_length()))
+    BN = min(ROW, max(16, 1 << (N - 1).bit_length()))
     tile_list_kernel[(N, B * H)](
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
         zeros[-1:], H, N, density, BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,

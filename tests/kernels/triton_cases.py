@@ -130,3 +130,10 @@ def test_tile_select(dtype, case):
         assert torch.equal(found.counts, found.keep.sum(-1).int())
         length = offsets.diff().long()
         assert found.pairs == ((found.keep * length).sum(-1) * length).sum()
+
+
+def test_tile_select_of_rows_in_parts(monkeypatch):
+    from fastdiff.kernels.tile_select import triton_impl
+
+    monkeypatch.setattr(triton_impl, "ROW", 16)
+    test_tile_select(torch.float32, (1, 2, 1, 317, 16, 8, 4))
