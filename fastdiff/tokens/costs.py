@@ -74,34 +74,33 @@ def verdict(
     stock, ours: make the tensors and return the function to time; only called when the file does
     not know the answer.
     """
-    place = f"{_machine(device)}|{dtype}|{what}"
-    return Verdict(seconds(f"{place}|stock", device, stock), seconds(f"{place}|ours", device, ours))
-
-
-def seconds(key: str, device: torch.device, make: Callable[[], Callable[[], Any]]) -> float:
-    """Median seconds of the function that `make` returns, from the file or measured now."""
+    key = f"{_machine(device)}|{dtype}|{what}"
     known = _known()
     if key not in known:
         with torch.no_grad():
-            known[key] = measure(make(), device)
+            known[key] = measure(stock(), ours(), device)
         _keep(key, known[key])
     return known[key]
 
 
-def measure(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median of some calls after two that warm up; fewer calls where one takes long."""
+def measure(
+    stock: Callable[[], Any], ours: Callable[[], Any], device: torch.device, repeats: int = 7
+) -> Verdict:
+    """Time both in turn, after two calls each that warm up; fewer turns where one takes long.
+
+    The least of each counts: other work on the machine only ever adds to a time, and adds to one
+    side more than to the other.
+    """
+    def seconds(run: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        return time.perf_counter() - begin
+
     for _ in range(2):
-        begin = time.perf_counter()
-        run()
-        _wait(device)
-        once = time.perf_counter() - begin
-    found = []
-    for _ in range(3 if once > 0.3 else repeats):
-        begin = time.perf_counter()
-        run()
-        _wait(device)
-        found.append(time.perf_counter() - begin)
-    return sorted(found)[len(found) // 2]
+        once = max(seconds(stock), seconds(ours))
+    turns = [(seconds(stock), seconds(ours)) for _ in range(3 if once > 0.3 else repeats)]
+    return Verdict(*map(min, zip(*turns, strict=True)))
 
 
 def cache_folder() -> Path:
@@ -136,25 +135,30 @@ def _machine(device: torch.device) -> str:
 
 
 def _file() -> Path:
-    return cache_folder() / "costs-1.json"
+    return cache_folder() / "costs-2.json"
 
 
 @functools.cache
-def _known() -> dict[str, float]:
+def _known() -> dict[str, Verdict]:
     return _read()
 
 
-def _read() -> dict[str, float]:
+def _read() -> dict[str, Verdict]:
     try:
         found = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(found, dict):
         return {}
-    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and v > 0}
+    return {key: Verdict(*map(float, pair)) for key, pair in found.items() if _is_pair(pair)}
 
 
-def _keep(key: str, value: float) -> None:
+def _is_pair(found: Any) -> bool:
+    return (isinstance(found, list) and len(found) == 2
+            and all(isinstance(value, (int, float)) and value > 0 for value in found))
+
+
+def _keep(key: str, value: Verdict) -> None:
     """Add one line to the file; another process may have added others. A lost line costs time."""
     path = _file()
     content = json.dumps({**_read(), key: value}, indent=1, sort_keys=True)

@@ -352,7 +352,8 @@ def test_the_guard_and_a_new_size_inside_a_graph(tmp_path, monkeypatch):
     stock = zoo.call("sd15", pipe), zoo.call("sd15", pipe, grid=(1, 14, 10))
     fastdiff.enable(pipe, AtEdm(early_steps=0), strict=True)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=backend)
-    # so small that pruning cannot pay
+    # what is asked here is that a graph asks, not which side of so small a model is faster
+    monkeypatch.setattr(costs, "measure", lambda *_: costs.Verdict(0.001, 0.002))
     assert torch.equal(zoo.call("sd15", pipe), stock[0])
     assert torch.equal(zoo.call("sd15", pipe, grid=(1, 14, 10)), stock[1])
     assert any("whole (" in str(told) for told in counts(pipe).values())
