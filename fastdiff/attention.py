@@ -15,7 +15,12 @@ from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
 from fastdiff.clock import StepClock
-from fastdiff.kernels.block_sparse_attention import block_sparse_attention, implementations
+from fastdiff.kernels.block_sparse_attention import (
+    AUTO,
+    block_sparse_attention,
+    implementations,
+    refused,
+)
 from fastdiff.kernels.block_sparse_attention import chosen as chosen_kernel
 from fastdiff.kernels.tile_gather import tile_gather
 from fastdiff.kernels.token_permute import permute_tokens
@@ -290,8 +295,7 @@ class _Call:
         tail = None
         if policy.tail:
             tail = (*gathered[3:], chosen.mask.keep)
-        impl = chosen_kernel(q, k, v, block_q=tiles.block, block_k=tiles.block, key_mask=key_mask,
-                             tail=tail, impl=session.impl)
+        impl = self._kernel(policy, q, k, v, tiles, key_mask, tail)
         out = block_sparse_attention(
             q, k, v, chosen.indices, chosen.counts, tiles.offsets, tiles.offsets,
             block_q=tiles.block, block_k=tiles.block,
@@ -302,6 +306,21 @@ class _Call:
         tail_flops = self.flops * tiles.blocks / layout.tokens if policy.tail else 0.0
         self._count(chosen.density, impl, tail_flops)
         return permute_tokens(cast(Tensor, out), tiles.inverse)
+
+    def _kernel(
+        self, policy: Policy, q: Tensor, k: Tensor, v: Tensor, tiles: Tiling,
+        key_mask: Tensor | None, tail: Any,
+    ) -> str:
+        """The block-sparse kernel of this call; the report says why not the one wanted most."""
+        session = self.layer.session
+        terms = {"block_q": tiles.block, "block_k": tiles.block, "key_mask": key_mask,
+                 "tail": tail}
+        impl = chosen_kernel(q, k, v, impl=session.impl, **terms)
+        new = self.layer.stats(session).implementation != impl
+        if new and session.impl == "auto" and q.is_cuda and impl != AUTO[0]:
+            reasons = refused(AUTO[0], q, k, v, **terms)
+            session.report.tell(policy.name, f"{impl}, not {AUTO[0]}, because", ", ".join(reasons))
+        return impl
 
     def _count(self, density: Tensor, implementation: str, tail_flops: float = 0.0) -> None:
         stats = self.layer.stats(self.layer.session)
