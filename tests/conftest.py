@@ -9,6 +9,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# a busy machine is no failure: no limit on the time of an example, nor on drawing one
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # models this small spend their time waiting for a second thread, up to 100 times as long
 torch.set_num_threads(1)
