@@ -57,6 +57,23 @@ def test_the_columns_of_an_ability_table_are_those_of_its_rows():
     assert all(len(row) == len(heads) for row in rows)
 
 
+def test_steps_and_seconds_of_the_shipped_tiny_image_are_those_of_its_curve():
+    """The file was put together by hand, and this is all of it that the repository can prove."""
+    curve = tables.ROOT / "training/curves/tiny-image.jsonl"
+    lines = [json.loads(line) for line in curve.read_text().splitlines()]
+    found = json.loads((tables.RESULTS / "tiny_image_training.json").read_text())
+    row = next(row for row in found["rows"] if row["run"] == "the shipped one")
+    for stage in ("small", "full"):
+        told = [line for line in lines if line["stage"] == stage]
+        # a check in between begins the count of steps anew
+        steps = [line["steps"] for line in told if "steps" in line]
+        ends = [n for n, after in zip(steps, [*steps[1:], 0], strict=True) if after < n]
+        assert row["steps"][stage] == sum(ends)
+        seconds = told[-1]["spent"]
+        assert row["seconds"][stage] == pytest.approx(seconds, abs=0.05)
+        assert row["steps_a_second"][stage] == pytest.approx(sum(ends) / seconds, abs=0.05)
+
+
 def test_a_newer_file_stands_for_the_rows_that_both_have():
     def timed(seconds: float, edge: int) -> dict:
         return {"model": "m", "edge": edge, "dtype": "torch.float16", "variant": "stock",
