@@ -156,8 +156,9 @@ def test_an_error_while_saving_is_noted(run):
 def test_a_full_disk_stops_the_run_and_blames_no_job(run, number):
     tasks = [task(i) for i in range(20)]
     error = OSError(number, os.strerror(number))
-    with pytest.raises(OSError, match=os.strerror(number)):
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
         run.work(tasks, FakeMaker(run.log, write_errors={"number 2": error}), batch_size=1)
+    assert raised.value.__cause__ is None
     assert len(run.calls()) < 8
     assert list(run.folder.failures.iterdir()) == []
     assert run.work(tasks).ok

@@ -338,6 +338,12 @@ def test_ctrl_c_that_a_library_made_another_error_of():
         assert errors.explain(error)[1] == errors.STOPPED
 
 
+def test_an_error_that_is_its_own_cause_is_told():
+    error = OSError(28, "No space left on device", "out")
+    error.__cause__ = error
+    assert errors.explain(error) == ("No space left on device: 'out'", 2)
+
+
 def test_a_real_interrupt(wan, tmp_path):
     # as the installed command does; under `python -m` CPython may end by the signal itself
     words = ["-c", "from fastdiff.cli import main; main()", "generate", "x", "-m", wan,

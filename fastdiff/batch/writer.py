@@ -67,6 +67,8 @@ class Writer:
             if not self._claims.held(claim):
                 return
             behind = fatal(error, self._folder.path)
+            if behind is error:
+                raise
             if behind is not None:
                 raise behind from error
             self._folder.fail(made.task, explain(error)[0], claim.deaths)

@@ -57,9 +57,12 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _interrupted(error: BaseException | None) -> bool:
     """Ctrl-C, also where a library that was being imported made another error of it."""
-    while error is not None:
+    # a chain of causes may come back to where it began
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
