@@ -377,6 +377,33 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.png"] and path.read_text() == "old"
 
 
+@pytest.mark.parametrize("does, error, told", [
+    ("cat | head -c 99 > $PART; echo Error: No space left on device >&2; exit 228", OSError,
+     "No space left on device"),
+    ("cat | head -c 99 > $PART; echo what went wrong >&2; exit 1", errors.InputError,
+     "what went wrong"),
+    ("head -c 99 > $PART; kill -9 $$", errors.InputError, "signal 9"),
+])
+def test_a_clip_that_ffmpeg_could_not_end_is_no_result(does, error, told, tmp_path, monkeypatch):
+    fake = tmp_path / "ffmpeg"
+    fake.write_text(f"#!/bin/sh\nfor PART; do :; done\n{does}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    path = tmp_path / "out" / "a.mp4"
+    path.parent.mkdir()
+    path.write_text("old")
+    with pytest.raises(error, match=told):
+        output.write(path, np.random.rand(9, 64, 64, 3), 8, {})
+    assert os.listdir(path.parent) == ["a.mp4"] and path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["night: take 1.mp4", "-y.mp4", "50%d.mp4"])
+def test_a_name_that_means_something_to_ffmpeg(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output.write(Path(name), np.random.rand(2, 16, 16, 3), 8, {"prompt": "x"})
+    assert iio.imread(tmp_path / name).shape == (2, 16, 16, 3)
+
+
 def test_odd_sides_and_long_unicode_names(tmp_path):
     output.write(tmp_path / "a.mp4", np.random.rand(3, 33, 47, 3), 8, {"prompt": "ü"})
     assert iio.imread(tmp_path / "a.mp4").shape == (3, 34, 48, 3)

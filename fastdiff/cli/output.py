@@ -1,9 +1,11 @@
 """Where results go and how they are written: names, atomic files, PNG, MP4, side by side."""
 
+import errno
 import json
 import math
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -148,23 +150,31 @@ def _write_png(path: Path, pixels: Any, about: dict[str, Any], text: str) -> Non
 def _write_mp4(path: Path, pixels: Any, fps: int, text: str) -> None:
     import imageio_ffmpeg
 
-    height, width = pixels.shape[1:3]
     # H.264 in yuv420p has even sides; the last row or column is repeated where it must
     pixels = _pad_even(pixels)
-    writer = imageio_ffmpeg.write_frames(
-        str(path), (width + width % 2, height + height % 2), fps=fps, codec="libx264",
-        pix_fmt_out="yuv420p", macro_block_size=2, quality=7,
-        output_params=["-movflags", "+faststart", "-metadata", f"comment={text}"],
-        ffmpeg_log_level="error",
+    height, width = pixels.shape[1:3]
+    # imageio's own writer does not look at ffmpeg's exit code: a clip cut off by a full disk would
+    # pass for whole. An absolute path, as "a:b.mp4" would be read as a protocol. A process group
+    # of its own, so that Ctrl-C does not cut off a clip either.
+    ended = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo",
+         "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an",
+         "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "15", "-movflags", "+faststart",
+         "-metadata", f"comment={text}", str(path.absolute())],
+        input=pixels.data.cast("B"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        process_group=0, check=False,
     )
-    try:
-        writer.send(None)
-        for frame in pixels:
-            writer.send(frame.tobytes())
-    finally:
-        writer.close()
-    if not path.is_file() or path.stat().st_size == 0:
-        raise InputError("ffmpeg wrote nothing; `fastdiff doctor` checks it")
+    if ended.returncode:
+        raise _failed(path, ended.returncode, ended.stderr.decode(errors="replace"))
+
+
+def _failed(path: Path, code: int, told: str) -> Exception:
+    """Why ffmpeg broke off: an OSError where the disk was the cause."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if os.strerror(number) in told:
+            return OSError(number, os.strerror(number), str(path.parent))
+    last = told.strip().splitlines()[-1:] or [f"code {code}" if code > 0 else f"signal {-code}"]
+    return InputError(f"ffmpeg broke off ({last[0]}); `fastdiff doctor` checks it")
 
 
 def _pad_even(pixels: Any) -> Any:
