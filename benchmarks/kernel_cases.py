@@ -50,7 +50,8 @@ def groups(impl: str, count: int, per_group: int) -> list[list[Case]]:
                 draw.choice((1, 2)), kv_heads * draw.choice((1, 2)), kv_heads,
                 draw.randint(1, 3 * block_q + 17), draw.randint(1, 5 * block_k + 29), dim, block_q,
                 block_k, dtype, ragged, masked, tail, all_kept=draw.random() < 0.1,
-                strided=draw.random() < 0.3, seed=draw.randrange(1 << 30)))
+                strided=draw.random() < 0.3, seed=draw.randrange(1 << 30),
+                ordered=draw.random() < 0.3))
         count -= len(group)
         found.append(group)
     return found

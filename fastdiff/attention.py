@@ -26,6 +26,7 @@ from fastdiff.kernels.tile_gather import tile_gather
 from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.layout import Tiling, TokenLayout
 from fastdiff.policies.base import Context, Policy, Terms
+from fastdiff.policies.row_order import row_order
 from fastdiff.report import LayerReport, Report
 
 logger = logging.getLogger("fastdiff")
@@ -42,6 +43,7 @@ class Selection(NamedTuple):
     indices: Tensor
     counts: Tensor
     density: Tensor
+    order: Tensor | None = None
 
 
 @dataclass
@@ -299,7 +301,7 @@ class _Call:
         out = block_sparse_attention(
             q, k, v, chosen.indices, chosen.counts, tiles.offsets, tiles.offsets,
             block_q=tiles.block, block_k=tiles.block,
-            key_mask=key_mask, tail=tail, scale=self.scale, impl=impl,
+            key_mask=key_mask, tail=tail, scale=self.scale, order=chosen.order, impl=impl,
         )
         if skip is not None:
             skip.note(cast(Tensor, out), tiles, branch)
@@ -341,7 +343,9 @@ class _Call:
             mask = policy.select(q, k, tiles, context)
         if mask is None:
             return None
-        selection = Selection(mask, *mask.lists(), mask.density())
+        indices, counts = mask.lists()
+        selection = Selection(mask, indices, counts, mask.density(),
+                              row_order(counts, tiles, policy.density, policy.uneven))
         if policy.reuse > 1 and step is not None:
             self.layer.masks[place] = (step, selection)
         return selection

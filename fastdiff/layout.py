@@ -48,6 +48,7 @@ class Tiling:
     always: bool [N], blocks that every query keeps (text, reference tokens, leading frames).
     dense_rows: bool [N], query blocks that keep everything (text queries).
     block: the longest block, in tokens.
+    text_blocks: numbers of the blocks in `dense_rows`, known on the host.
     """
 
     order: Tensor
@@ -57,6 +58,7 @@ class Tiling:
     always: Tensor
     dense_rows: Tensor
     block: int
+    text_blocks: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -115,6 +117,7 @@ def even_blocks(layout: TokenLayout, block: int, lead: int, device: torch.device
         always=(starts < first).to(device),
         dense_rows=(starts < text.numel()).to(device),
         block=int(lengths.max()),
+        text_blocks=numbers_of(starts < text.numel()),
     )
 
 
@@ -169,7 +172,13 @@ def tiling(layout: TokenLayout, tile: Grid, lead: int, device: torch.device) -> 
         always=(text | (number < n_before + head_count)).to(device),
         dense_rows=text.to(device),
         block=int(lengths.max()),
+        text_blocks=numbers_of(text),
     )
+
+
+def numbers_of(chosen: Tensor) -> tuple[int, ...]:
+    """Where a bool vector on the CPU is True."""
+    return tuple(chosen.nonzero().flatten().tolist())
 
 
 def _tile_ids(t: Tensor, h: Tensor, w: Tensor, tile: Grid, height: int, width: int) -> Tensor:

@@ -149,6 +149,11 @@ class Policy(Method):
         """
         return None
 
+    @property
+    def uneven(self) -> bool:
+        """Whether rows of query blocks may keep very different numbers of key blocks."""
+        return False
+
     def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
         """The blocks of this sequence: of 64 tokens, of 128 on a GPU for long sequences."""
         sink = self.sink

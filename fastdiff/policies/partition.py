@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdiff.layout import Tiling, TokenLayout
+from fastdiff.layout import Tiling, TokenLayout, numbers_of
 
 
 def blocks_of(
@@ -40,6 +40,7 @@ def blocks_of(
         always=kept.to(device),
         dense_rows=text.to(device),
         block=int(lengths.max()),
+        text_blocks=numbers_of(text),
     )
 
 

@@ -94,6 +94,10 @@ class SparseVDiT(Policy):
             sink = int(layout.grid[0] * self.band >= 4)
         return patterns(layout, tile, sink, self.band, device)
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:

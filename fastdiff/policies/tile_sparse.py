@@ -75,6 +75,10 @@ class TileSparse(Policy):
         return BlockMask(keep, tiles.offsets, tiles.block)
 
     @property
+    def uneven(self) -> bool:
+        return self.select_by != "top-k" or self.calibration is not None
+
+    @property
     def _counted(self) -> bool:
         """Whether a histogram finds the cut."""
         return self.select_by == "top-k" or self.select_by == "threshold" and self.beta is None

@@ -63,6 +63,10 @@ class TopP(Policy):
         for knob in ("probes", "proxy_heads", "proxy_stride"):
             check(getattr(self, knob) >= 1, knob, getattr(self, knob), "1 or more")
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:

@@ -143,6 +143,10 @@ class VMoBA(Policy):
     def tiles(self, layout: TokenLayout, query: Tensor, context: Context) -> Tiling:
         return self.chunks(layout, query, context.layer).tiles
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:

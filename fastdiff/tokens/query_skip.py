@@ -207,7 +207,7 @@ class _Tiles:
                 or sizes.shape != (keep.shape[0], keep.shape[2])):
             return chosen
         must = tiles.dense_rows.to(keep.device)
-        free = int((~tiles.dense_rows).sum())
+        free = tiles.blocks - len(tiles.text_blocks)
         count = keep.shape[2] - free + max(1, round(self.method.keep * free))
         attends = torch.zeros_like(sizes, dtype=torch.bool)
         attends.scatter_(1, best(sizes.masked_fill(must, torch.inf), count), True)
@@ -215,7 +215,7 @@ class _Tiles:
         mask = BlockMask(kept, chosen.mask.offsets, chosen.mask.block)
         counts = chosen.counts * attends[:, None, :]
         self._report.count(self.method.name, "calls with fewer tiles of queries")
-        return Selection(mask, chosen.indices, counts, mask.density())
+        return Selection(mask, chosen.indices, counts, mask.density(), chosen.order)
 
     def note(self, output: Tensor, tiles: Tiling, branch: Any) -> None:
         """How large the output [B, S, H, D], in tile order, is for each tile of queries."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 256)
 
+logger = logging.getLogger("fastdiff")
+
 
 def choose(
     impl: str, device: torch.device, known: Iterable[str], auto: tuple[str, ...],
@@ -23,20 +26,32 @@ def choose(
     """The implementation that runs a call: `impl`, or for "auto" the first of `auto` that can.
 
     known: all names. reasons: why a named one cannot run the call. call: what was asked, in words.
-    Raises ValueError, with every reason, where none can run it. A name is taken at its word.
+    Raises ValueError, with every reason, where none can run it. A name is taken at its word. Where
+    torch operations do on a GPU what a kernel of ours was for, the log says why, once.
     """
     if impl != "auto" and impl not in known:
         raise ValueError(f"impl must be 'auto' or one of {list(known)}, got {impl!r}")
-    refused = {}
+    refused: dict[str, list[str]] = {}
     for name in auto if impl == "auto" else (impl,):
         # an interpreted kernel on the CPU is for tests, so only its own name selects it
         if impl == "auto" and name != "torch" and device.type == "cpu":
             continue
         refused[name] = reasons(name)
         if not refused[name]:
+            slow = name == "torch" and len(refused) > 1 and device.type == "cuda"
+            if slow and not torch.compiler.is_compiling():
+                _warn(f"torch operations run {call}, which takes longer ({_words(refused)})")
             return name
-    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
-    raise ValueError(f"no implementation for {call} ({told})")
+    raise ValueError(f"no implementation for {call} ({_words(refused)})")
+
+
+def _words(refused: dict[str, list[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items() if why)
+
+
+@functools.lru_cache(maxsize=256)
+def _warn(told: str) -> None:
+    logger.warning("%s", told)
 
 
 def triton_reasons(

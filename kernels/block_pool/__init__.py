@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from fastdiff.kernels.availability import choose
 
 from .backward import block_unpool, differentiable
 
 __all__ = ["block_pool", "block_unpool"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
+AUTO = ("triton", "torch")
 
 
 def block_pool(
@@ -37,15 +41,13 @@ def block_pool(
         )
     if block < 1:
         raise ValueError(f"block must be positive, got {block}")
-    if impl == "auto":
-        triton = import_module(IMPLEMENTATIONS["triton"], __name__)
-        usable = x.device.type == "cuda" and not triton.not_supported_reasons(x)
-        impl = "triton" if usable else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    module = import_module(IMPLEMENTATIONS[impl], __name__)
-    if reasons := module.not_supported_reasons(x):
-        raise ValueError(f"{impl} cannot pool {x.dtype} on {x.device}: {', '.join(reasons)}")
+    module = _module(choose(
+        impl, x.device, IMPLEMENTATIONS, AUTO, lambda name: _module(name).not_supported_reasons(x),
+        f"block_pool on {x.device}, {x.dtype}"))
     if x.requires_grad and torch.is_grad_enabled() and impl != "reference":
         return differentiable(module, x, offsets, block, mask)
     return module.run(x, offsets, block=block, mask=mask)
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(IMPLEMENTATIONS[name], __name__)

@@ -13,8 +13,10 @@ from torch import Tensor
 from fastdiff.kernels.availability import choose
 
 from . import backward
+from .order import late_first
 
-__all__ = ["block_sparse_attention", "chosen", "implementations", "probe"]
+__all__ = ["block_sparse_attention", "chosen", "implementations", "late_first", "probe",
+           "refused"]
 
 Tail = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -39,6 +41,7 @@ def block_sparse_attention(
     tail: Tail | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    order: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which query block `i` sees only the key blocks in its list.
@@ -53,6 +56,8 @@ def block_sparse_attention(
     tail: (key_mean [B, Hk, NK, D], value_mean [B, Hk, NK, D], weight float32 [B, NK],
         keep bool [B, H, NQ, NK]). A block with `keep` False enters the same softmax as one key,
         its mean, whose score is raised by log(weight); weight 0 adds nothing.
+    order: int32 [B * H * NQ], each row number once: rows in the order in which a GPU is to begin
+        them (`late_first`). It changes no result; its values are trusted like those of the lists.
     returns: [B, Sq, H, D] in query's dtype; with `return_lse` also the natural log of the
         denominator, float32 [B, H, Sq]. A query with no key at all gets zeros and -inf.
 
@@ -64,11 +69,12 @@ def block_sparse_attention(
     known = module = None
     if query.is_cuda:
         tensors = (query, key, value, indices, counts, query_offsets, key_offsets, key_mask,
-                   *(tail or ()))
+                   *(tail or ()), *(() if order is None else (order,)))
         known = (impl, block_q, block_k, scale, tail is None, *map(_looks, tensors))
         module = _chosen.get(known)
     if module is None:
         _check(query, key, value, indices, counts, query_offsets, key_offsets, key_mask, tail)
+        _check_order(order, counts)
         if block_q < 1 or block_k < 1:
             raise ValueError(f"block_q and block_k must be positive, got {block_q} and {block_k}")
         if not scale > 0:
@@ -95,6 +101,7 @@ def block_sparse_attention(
         tail=tail,
         scale=scale,
         return_lse=return_lse,
+        order=order,
     )
     return (output, lse) if return_lse else output
 
@@ -118,18 +125,25 @@ def chosen(
     Raises ValueError, with every reason, where none can run it. A name is taken at its word.
     """
     device, dtype, head_dim = query.device, query.dtype, query.shape[-1]
+    return choose(impl, device, IMPLEMENTATIONS, AUTO,
+                  lambda name: refused(name, query, key, value, block_q=block_q, block_k=block_k,
+                                       key_mask=key_mask, tail=tail),
+                  f"block_sparse_attention on {device}, {dtype}, head_dim={head_dim}")
 
-    def reasons(name: str) -> list[str]:
-        found = _module(name).not_supported_reasons(device, dtype, head_dim)
-        refusal = getattr(_module(name), "refusal", None)
-        if not found and refusal is not None:
-            told = refusal(query, key, value, block_q=block_q, block_k=block_k,
-                           key_mask=key_mask, tail=tail)
-            return [told] if told else []
+
+def refused(
+    name: str, query: Tensor, key: Tensor, value: Tensor, *, block_q: int, block_k: int,
+    key_mask: Tensor | None = None, tail: Tail | None = None,
+) -> list[str]:
+    """Why the implementation of this name cannot run this call; nothing means that it can."""
+    module = _module(name)
+    found = module.not_supported_reasons(query.device, query.dtype, query.shape[-1])
+    refusal = getattr(module, "refusal", None)
+    if found or refusal is None:
         return found
-
-    return choose(impl, device, IMPLEMENTATIONS, AUTO, reasons,
-                  f"{device}, {dtype}, head_dim={head_dim}")
+    told = refusal(query, key, value, block_q=block_q, block_k=block_k, key_mask=key_mask,
+                   tail=tail)
+    return [told] if told else []
 
 
 def implementations(
@@ -213,3 +227,12 @@ def _expect(
             f"{name} must be {dtype} {shape} on {query.device}, "
             f"got {x.dtype} {tuple(x.shape)} on {x.device}"
         )
+
+
+def _check_order(order: Tensor | None, counts: Tensor) -> None:
+    if order is None:
+        return
+    if order.shape != (counts.numel(),) or order.dtype != torch.int32 \
+            or order.device != counts.device or not order.is_contiguous():
+        raise ValueError(f"order must be contiguous int32 [{counts.numel()}] on {counts.device}, "
+                         f"got {order.dtype} {tuple(order.shape)} on {order.device}")

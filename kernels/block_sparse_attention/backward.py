@@ -32,6 +32,7 @@ class Lists(NamedTuple):
     key_mask: Tensor | None
     weight: Tensor | None
     keep: Tensor | None
+    order: Tensor | None
 
 
 def wanted(query: Tensor, key: Tensor, value: Tensor, tail: tuple[Tensor, ...] | None) -> bool:
@@ -72,10 +73,11 @@ def _run(
     key_mask: Tensor | None,
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     return_lse: bool,
+    order: Tensor | None,
     **sizes: Any,
 ) -> tuple[Tensor, Tensor | None]:
     key_mean, value_mean, weight, keep = tail or (None, None, None, None)
-    lists = Lists(indices, counts, query_offsets, key_offsets, key_mask, weight, keep)
+    lists = Lists(indices, counts, query_offsets, key_offsets, key_mask, weight, keep, order)
     output, lse = _Attention.apply(
         forward, backward, sizes, lists, query, key, value, key_mean, value_mean
     )
@@ -99,7 +101,7 @@ class _Attention(torch.autograd.Function):
         tail = None if key_mean is None else (key_mean, value_mean, lists.weight, lists.keep)
         output, lse = forward.run(
             query, key, value, *lists[:4],
-            key_mask=lists.key_mask, tail=tail, return_lse=True, **sizes,
+            key_mask=lists.key_mask, tail=tail, return_lse=True, order=lists.order, **sizes,
         )  # fmt: skip
         ctx.save_for_backward(query, key, value, key_mean, value_mean, output, lse, *lists)
         ctx.backward, ctx.sizes = backward, sizes

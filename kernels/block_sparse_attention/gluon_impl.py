@@ -42,11 +42,12 @@ def broken(device: torch.device) -> str | None:
     offsets = torch.tensor([0, 128, 256], dtype=torch.int32, device=device)
     indices = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=device)[None, None]
     counts = torch.tensor([[[2, 1]]], dtype=torch.int32, device=device)
+    order = torch.tensor([1, 0], dtype=torch.int32, device=device)
     try:
-        # twice: the second launch takes the short way
-        for _ in range(2):
+        # each twice: the second launch takes the short way
+        for begun in (None, None, order, order):
             found, _ = run(q, k, v, indices, counts, offsets, offsets, block_q=128, block_k=128,
-                           key_mask=None, tail=None, scale=0.125, return_lse=False)
+                           key_mask=None, tail=None, scale=0.125, return_lse=False, order=begun)
     except Exception as error:  # whatever a compiler or driver throws is a reason
         return f"{type(error).__name__}: {error}"
     q, k, v = (x.float()[:, :, 0] for x in (q, k, v))
@@ -90,7 +91,7 @@ def run(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
     query_offsets: Tensor, key_offsets: Tensor, *, block_q: int, block_k: int,
     key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
-    return_lse: bool,
+    return_lse: bool, order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One program per (batch, head, query block), heads outermost so that K and V stay in L2."""
     B, SQ, H, D = query.shape
@@ -106,9 +107,10 @@ def run(
         value = value.masked_fill(~key_mask[:, :, None, None], 0)
     plan = plan_of(
         query, key, value, indices, query_offsets, key_offsets, block_q=block_q, block_k=block_k,
-        masked=key_mask is not None, tail=tail, scale=scale, return_lse=return_lse)
+        masked=key_mask is not None, tail=tail, scale=scale, return_lse=return_lse,
+        ordered=order is not None)
     plan.launch(*tensors(query, key, value, indices, counts, query_offsets, key_offsets, output,
-                         lse, counter(query), key_mask=key_mask, tail=tail))
+                         lse, counter(query), key_mask=key_mask, tail=tail, order=order))
     return output, lse
 
 
@@ -116,6 +118,7 @@ def tensors(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
     query_offsets: Tensor, key_offsets: Tensor, output: Tensor, lse: Tensor | None, taken: Tensor,
     *, key_mask: Tensor | None, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    order: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Of a launch: what its tensor maps map, and what it takes by pointer."""
     # what a setting switches off still needs a pointer
@@ -126,7 +129,8 @@ def tensors(
         mapped += tail[:2]
     if key_mask is not None:
         mask, dirty = key_mask.view(torch.uint8), _dirty(key_mask, key_offsets)
-    return mapped, (indices.contiguous(), counts.contiguous(), taken, query_offsets, key_offsets,
+    return mapped, (indices.contiguous(), counts.contiguous(), taken,
+                    query_offsets if order is None else order, query_offsets, key_offsets,
                     weight, keep, mask, dirty, output, output if lse is None else lse)
 
 
@@ -140,22 +144,23 @@ def plan_of(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_offsets: Tensor,
     key_offsets: Tensor, *, block_q: int, block_k: int, masked: bool,
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float, return_lse: bool,
+    ordered: bool,
 ) -> Plan:
     """The plan of a call."""
     means = () if tail is None else (tail[0].stride(), tail[1].stride())
     known = ("block sparse", query.shape, query.stride(), key.shape, key.stride(), value.stride(),
              means, indices.shape, query_offsets.shape, key_offsets.shape, query.dtype,
-             query.get_device(), block_q, block_k, masked, scale, return_lse)
+             query.get_device(), block_q, block_k, masked, scale, return_lse, ordered)
     return planned(known, lambda: _plan(
         query, key, value, indices.shape[-1], query_offsets.numel() - 1, key_offsets.numel() - 1,
         block_q=block_q, block_k=block_k, masked=masked, tail=tail, scale=scale,
-        return_lse=return_lse))
+        return_lse=return_lse, ordered=ordered))
 
 
 def _plan(
     query: Tensor, key: Tensor, value: Tensor, M: int, NQ: int, NK: int, *, block_q: int,
     block_k: int, masked: bool, tail: tuple[Tensor, Tensor, Tensor, Tensor] | None, scale: float,
-    return_lse: bool,
+    return_lse: bool, ordered: bool,
 ) -> Plan:
     from .gluon_kernel import block_sparse_attention_hopper_kernel as kernel
 
@@ -181,7 +186,8 @@ def _plan(
     )
     settings = dict(
         meta, EQUAL_Q=equal_q, EQUAL_K=equal_k, MASK=not equal_k or SUB < BN, USE_MASK=masked,
-        USE_TAIL=tail is not None, USE_LSE=return_lse, D=D, num_warps=4, maxnreg=168)
+        USE_TAIL=tail is not None, USE_LSE=return_lse, USE_ORDER=ordered, D=D, num_warps=4,
+        maxnreg=168)
     maps += [None] * (6 - len(maps))
     return Plan(kernel, tuple(maps), numbers, settings, work)
 

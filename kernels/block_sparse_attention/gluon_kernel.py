@@ -82,20 +82,23 @@ def _producer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
     MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
-    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box, looks = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    indices, counts, taken, order, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale = sizes
     R: gl.constexpr = BN // SUB
     BYTES: gl.constexpr = k_desc.block_type.nbytes * R
     i_kv = 0
     i_work = 0
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    w = gl.program_id(0)
-    while w < WORK:
+    item = gl.program_id(0)
+    while item < WORK:
+        w = item
+        if USE_ORDER:
+            w = gl.load(order + item)
         i_b, i_h, i_q = _place(w, NQ, H)
         i_kh = i_h // GROUPS
         n_kept = gl.load(counts + w)
@@ -149,7 +152,7 @@ def _producer(
                     v_desc, [i_b, starts[r], i_kh, 0], v_full.index(st),
                     v_smem.index(st).slice(r * SUB, SUB, 1))
             i_kv += 1
-        w = take(taken, WORK)
+        item = take(taken, WORK)
     i_qst = i_work % QST
     mbarrier.wait(q_empty.index(i_qst), ((i_work // QST) & 1) ^ 1)
     box.index(i_qst).store(gl.full([1], WORK, gl.int32, one))
@@ -216,7 +219,7 @@ def _adjust(
 ):
     """Raise pooled keys by the log of their weight; LOWEST for what must not count."""
     i_b, i_row, n_kept, p_list = row
-    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    indices, counts, taken, order, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale = sizes
     if USE_TAIL:
         if j < TAIL_TILES:
@@ -248,12 +251,12 @@ def _consumer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
     MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
-    D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box, looks = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    indices, counts, taken, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
+    indices, counts, taken, order, q_offsets, k_offsets, tail, masks, o_ptr, lse, strides = lists
     SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale = sizes
     BD: gl.constexpr = q_desc.block_type.shape[3]
     R: gl.constexpr = BN // SUB
@@ -383,11 +386,11 @@ def _consumer(
 @gluon.jit(do_not_specialize=SIZES)
 def block_sparse_attention_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc,
-    indices, counts, taken, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
+    indices, counts, taken, order, q_offsets, k_offsets, log_weight, keep, key_mask, dirty, o, lse,
     sob, sos, soh, SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale, scale,
     BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, QST: gl.constexpr,
     EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
-    USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr, D: gl.constexpr,
+    USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr, USE_ORDER: gl.constexpr, D: gl.constexpr,
     PINGPONG: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -423,25 +426,25 @@ def block_sparse_attention_hopper_kernel(
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
-                      (key_mask, dirty), o, lse, (sob, sos, soh)),
+                     (indices, counts, taken, order, q_offsets, k_offsets,
+                      (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
-                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
-                     PINGPONG, 0)),
+                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE,
+                     USE_ORDER, D, PINGPONG, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
-                      (key_mask, dirty), o, lse, (sob, sos, soh)),
+                     (indices, counts, taken, order, q_offsets, k_offsets,
+                      (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
-                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
-                     PINGPONG, 1)),
+                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE,
+                     USE_ORDER, D, PINGPONG, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
-                     (indices, counts, taken, q_offsets, k_offsets, (log_weight, keep),
-                      (key_mask, dirty), o, lse, (sob, sos, soh)),
+                     (indices, counts, taken, order, q_offsets, k_offsets,
+                      (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
-                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE, D,
-                     PINGPONG, 0)),
+                     ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE,
+                     USE_ORDER, D, PINGPONG, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -26,6 +26,7 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Dense attention under the mask that the lists describe, in float32 (float64 stays)."""
     precision = torch.promote_types(query.dtype, torch.float32)

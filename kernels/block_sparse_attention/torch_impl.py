@@ -29,6 +29,7 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows (batch, head, query block) of similar length share a gather and two batched products.
 

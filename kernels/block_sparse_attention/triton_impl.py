@@ -50,6 +50,7 @@ def run(
     tail: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     scale: float,
     return_lse: bool,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One program per (batch, head, query tile), heads outermost so that K and V stay in L2.
 
@@ -93,6 +94,7 @@ def run(
         output if lse is None else lse,
         indices,
         counts,
+        nothing if order is None else order,
         query_offsets,
         key_offsets,
         mask,
@@ -122,6 +124,7 @@ def run(
         USE_MASK=key_mask is not None,
         USE_TAIL=tail is not None,
         USE_LSE=return_lse,
+        USE_ORDER=order is not None,
         UPCAST=interpreting(),
         UNIT=unit,
         **meta,

@@ -31,6 +31,7 @@ def block_sparse_attention_fwd_kernel(
     lse,
     indices,
     counts,
+    order,
     q_offsets,
     k_offsets,
     key_mask,
@@ -78,6 +79,7 @@ def block_sparse_attention_fwd_kernel(
     USE_MASK: tl.constexpr,
     USE_TAIL: tl.constexpr,
     USE_LSE: tl.constexpr,
+    USE_ORDER: tl.constexpr,
     UPCAST: tl.constexpr,
     UNIT: tl.constexpr,
 ):
@@ -92,6 +94,10 @@ def block_sparse_attention_fwd_kernel(
     i_q = tl.program_id(0) // PARTS_Q
     i_part = tl.program_id(0) % PARTS_Q
     i_bh = tl.program_id(1)
+    if USE_ORDER:
+        i_row = tl.load(order + i_bh * NQ + i_q)
+        i_bh = i_row // NQ
+        i_q = i_row % NQ
     i_b = (i_bh // H).to(tl.int64)
     i_h = (i_bh % H).to(tl.int64)
     i_kh = i_h // GROUPS

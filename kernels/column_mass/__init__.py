@@ -81,7 +81,7 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     name = choose(
         impl, device, IMPLEMENTATIONS, AUTO,
         lambda name: _module(name).not_supported_reasons(device, dtype, head_dim),
-        f"{device}, {dtype}, head_dim={head_dim}")
+        f"column_mass on {device}, {dtype}, head_dim={head_dim}")
     return _module(name)
 
 

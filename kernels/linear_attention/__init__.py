@@ -62,7 +62,7 @@ def _choose(
         return found
 
     return _module(choose(impl, device, IMPLEMENTATIONS, AUTO, reasons,
-                          f"{device}, {dtype}, head_dim={head_dim}"))
+                          f"linear_attention on {device}, {dtype}, head_dim={head_dim}"))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, eps: float) -> None:

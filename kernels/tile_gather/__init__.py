@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastdiff.kernels.availability import choose
 
 from .backward import Gather
 
 __all__ = ["Tiles", "tile_gather"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl"}
+AUTO = ("triton", "torch")
 
 
 class Tiles(NamedTuple):
@@ -49,15 +53,14 @@ def tile_gather(
     if mask is not None and (mask.shape != query.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(query.shape[:2])}, "
                          f"got {mask.dtype} {tuple(mask.shape)}")
-    if impl == "auto":
-        triton = import_module(IMPLEMENTATIONS["triton"], __name__)
-        usable = query.is_cuda and not triton.not_supported_reasons(query, key, value)
-        impl = "triton" if usable else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    module = import_module(IMPLEMENTATIONS[impl], __name__)
-    if reasons := module.not_supported_reasons(query, key, value):
-        raise ValueError(f"{impl} cannot gather on {query.device}: {', '.join(reasons)}")
+    module = _module(choose(
+        impl, query.device, IMPLEMENTATIONS, AUTO,
+        lambda name: _module(name).not_supported_reasons(query, key, value),
+        f"tile_gather on {query.device}, {query.dtype}"))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return Tiles(*Gather.apply(module, block, query, key, value, order, offsets, mask))
     return Tiles(*module.run(query, key, value, order, offsets, block=block, mask=mask))
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(IMPLEMENTATIONS[name], __name__)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.availability import choose
+
 __all__ = ["Selected", "tile_select"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl"}
+AUTO = ("triton", "torch")
 BINS = 1024
 
 
@@ -56,14 +60,13 @@ def tile_select(
     if not 0 < density <= 1 or probes < 1:
         raise ValueError(f"density must be over 0, at most 1, and probes 1 or more, "
                          f"got {density} and {probes}")
-    if impl == "auto":
-        triton = import_module(IMPLEMENTATIONS["triton"], __name__)
-        usable = query.is_cuda and not triton.not_supported_reasons(query, key_mean, probes)
-        impl = "triton" if usable else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    module = import_module(IMPLEMENTATIONS[impl], __name__)
-    if reasons := module.not_supported_reasons(query, key_mean, probes):
-        raise ValueError(f"{impl} cannot select on {query.device}: {', '.join(reasons)}")
+    module = _module(choose(
+        impl, query.device, IMPLEMENTATIONS, AUTO,
+        lambda name: _module(name).not_supported_reasons(query, key_mean, probes),
+        f"tile_select on {query.device}, {query.dtype}, {N} tiles"))
     return Selected(*module.run(query, key_mean, offsets, always, dense_rows,
                                 density=density, probes=probes, each_row=each_row))
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(IMPLEMENTATIONS[name], __name__)

@@ -8,11 +8,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.availability import choose
+
 from .backward import Permute, wanted
 
 __all__ = ["permute_tokens", "unpermute_tokens"]
 
 IMPLEMENTATIONS = {"triton": ".triton_impl", "torch": ".torch_impl", "reference": ".reference"}
+AUTO = ("triton", "torch")
 
 
 def permute_tokens(x: Tensor, order: Tensor, *, impl: str = "auto") -> Tensor:
@@ -36,15 +39,11 @@ def _choose(x: Tensor, order: Tensor, impl: str) -> ModuleType:
         raise ValueError(
             f"order must be int32 or int64 on {x.device}, got {order.dtype} on {order.device}"
         )
-    if impl == "auto":
-        impl = "triton" if x.is_cuda and not _refused(x) else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "triton" and (reasons := _refused(x)):
-        raise ValueError(f"triton cannot permute {tuple(x.shape)}: {', '.join(reasons)}")
-    return import_module(IMPLEMENTATIONS[impl], __name__)
+    return _module(choose(
+        impl, x.device, IMPLEMENTATIONS, AUTO,
+        lambda name: _module(name).not_supported_reasons(x) if name == "triton" else [],
+        f"token_permute on {x.device}"))
 
 
-def _refused(x: Tensor) -> list[str]:
-    module = import_module(IMPLEMENTATIONS["triton"], __name__)
-    return module.not_supported_reasons(x)
+def _module(name: str) -> ModuleType:
+    return import_module(IMPLEMENTATIONS[name], __name__)

@@ -67,7 +67,7 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, tokens: int) ->
     name = choose(
         impl, device, IMPLEMENTATIONS, AUTO,
         lambda name: _module(name).not_supported_reasons(device, dtype, tokens),
-        f"{device}, {dtype}, {tokens} tokens")
+        f"token_select on {device}, {dtype}, {tokens} tokens")
     return _module(name)
 
 

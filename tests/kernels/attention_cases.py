@@ -45,6 +45,7 @@ class Case:
     all_kept: bool = False
     strided: bool = False
     seed: int = 0
+    ordered: bool = False
 
     def build(self, device: str = "cpu") -> dict:
         """The arguments of the op; entries beyond the counts are garbage, some rows are empty."""
@@ -88,6 +89,9 @@ class Case:
             weight = torch.randint(0, 4, (self.batch, NK), generator=g).float() * 5
             tail = tuple(x.to(self.dtype).to(device) for x in mean)
             tail = (*tail, weight.to(device), keep.to(device))
+        order = None
+        if self.ordered:
+            order = torch.randperm(counts.numel(), generator=g).int().to(device)
         return {
             "query": q,
             "key": k,
@@ -100,6 +104,7 @@ class Case:
             "block_k": self.block_k,
             "key_mask": None if key_mask is None else key_mask.to(device),
             "tail": tail,
+            "order": order,
         }
 
 

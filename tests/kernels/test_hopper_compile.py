@@ -16,6 +16,7 @@ CASES = {
     "plain": {}, "tail": {"tail": True}, "D=64, tail": {"dim": 64, "tail": True},
     "ragged, lse": {"ragged": True, "lse": True}, "keys by 32": {"block_k": 32},
     "keys by 16": {"block_k": 16}, "masked": {"masked": True},
+    "in order, tail": {"ordered": True, "tail": True},
 }
 # registers run short where everything is on; spilled values are those of the row, not of the loop
 FEW = {"ragged tail": {"ragged": True, "tail": True}}
@@ -45,7 +46,7 @@ def stand_in() -> None:
 
 
 def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False,
-           masked=False) -> Any:
+           masked=False, ordered=False) -> Any:
     """One variant of block-sparse attention."""
     import torch
 
@@ -63,10 +64,11 @@ def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=Fal
     mask = torch.ones(1, tokens, dtype=torch.bool) if masked else None
     plan = gluon_impl.plan_of(
         q, q, q, lists, offsets, key_offsets, block_q=128, block_k=block_k, masked=masked,
-        tail=pooled, scale=0.1, return_lse=lse)
+        tail=pooled, scale=0.1, return_lse=lse, ordered=ordered)
     return warmed(plan, *gluon_impl.tensors(
         q, q, q, lists, lists[..., 0], offsets, key_offsets, q,
-        torch.empty(1, 2, tokens) if lse else None, lists, key_mask=mask, tail=pooled))
+        torch.empty(1, 2, tokens) if lse else None, lists, key_mask=mask, tail=pooled,
+        order=lists.flatten() if ordered else None))
 
 
 def windows(dim=128, masked=False) -> Any:

@@ -41,8 +41,10 @@ def small():
     yield Case(1, 3, 1, 50, 40, 16, 9, 16)
     yield Case(2, 2, 2, 40, 40, 16, 16, 16, torch.float32, True, True, True, seed=2)
     yield Case(2, 2, 2, 40, 40, 16, 16, 16, torch.float32, False, True, False, seed=3)
+    yield Case(2, 2, 1, 85, 70, 16, 16, 16, ragged=True, tail=True, ordered=True)
     # blocks wider than the kernel's tile, and blocks of a single token
     yield Case(queries=200, keys=150, dim=16, heads=1, kv_heads=1, block_q=200, block_k=75)
+    yield Case(queries=300, keys=150, dim=16, kv_heads=1, block_q=150, block_k=75, ordered=True)
     yield Case(queries=5, keys=7, dim=16, block_q=1, block_k=2, ragged=True, tail=True)
 
 
@@ -55,6 +57,7 @@ def large():
     for dtype in DTYPES:
         yield Case(1, 2, 2, 1024, 1024, 128, 64, 64, dtype, all_kept=True, tail=True)
         yield Case(1, 2, 2, 1024, 1024, 64, 384, 384, dtype, strided=True)
+        yield Case(2, 4, 2, 1700, 900, 128, 128, 128, dtype, tail=True, ordered=True)
 
 
 @pytest.mark.parametrize("case", [*small(), *(large() if GPU else ())], ids=repr)
