@@ -1,9 +1,11 @@
-"""enable and disable, the two pipeline methods, and the handle behind `pipe.fastdiff`."""
+"""enable and disable, the two pipeline methods."""
 
+import copy
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -13,113 +15,18 @@ from torch import nn
 from fastdiff import scheduler as scheduler_clock
 from fastdiff.attention import DenseFallbackError, Session
 from fastdiff.clock import StepClock
-from fastdiff.config import from_plan, make_methods, to_plan
+from fastdiff.config import from_plan, make_methods
+from fastdiff.handle import HANDLE, Handle, Off, forget, handle_of, release
 from fastdiff.method import Host, Method, Part
 from fastdiff.pipelines.families import families, family_of
 from fastdiff.pipelines.families.generic import GENERIC
-from fastdiff.pipelines.staged.call import unwrap_call
 from fastdiff.policies import Policy
-from fastdiff.report import Report
-from fastdiff.seam import Denoiser, attention_modules, disarm
+from fastdiff.seam import Denoiser, attention_modules, before_forward
 from fastdiff.shadow import supported
 
-HANDLE = "_fastdiff_handle"
 # parts of a pipeline that hold attention and are not the denoiser
 _NOT_DENOISERS = ("vae", "vqvae", "controlnet", "text_encoder", "image_encoder", "safety_checker")
 _NOT_DENOISER_HOMES = ("diffusers.models.autoencoders.", "diffusers.models.controlnets.")
-
-
-class Handle:
-    """What is on, and what happened in the last run. Print it."""
-
-    def __init__(
-        self, methods: tuple[Method, ...], session: Session, models: dict[str, Part]
-    ) -> None:
-        self.methods = methods
-        self._session = session
-        self._denoisers: list[Denoiser] = []
-        self._names = {name: part.family.name for name, part in models.items()}
-        self._detach: list[Callable[[], None]] = []
-        # weak: the last layer that ran is remembered, and would keep every weight alive
-        self._pipe: Callable[[], Any] = lambda: None
-        self._scheduler: Any = None
-        self._models = [ref(part.model) for part in models.values()]
-
-    def __deepcopy__(self, memo: dict) -> "Handle":
-        # a copied model must not copy the whole pipeline with it
-        return self
-
-    @property
-    def enabled(self) -> bool:
-        return True
-
-    @property
-    def policy(self) -> Policy | None:
-        """The attention method, None where attention stays stock."""
-        return self._session.chosen
-
-    @property
-    def report(self) -> Report:
-        """The last run: per layer density, operations, seconds, dense calls and why."""
-        return self._session.report
-
-    @property
-    def clock(self) -> StepClock:
-        return self._session.clock
-
-    def plan(self) -> dict[str, Any]:
-        """Settings as plain data; `enable_fastdiff(plan=...)` takes it back."""
-        return to_plan(self.methods)
-
-    def __repr__(self) -> str:
-        parts = ", ".join(f"{name} ({family})" for name, family in self._names.items())
-        armed = sum(len(d.layers) for d in self._denoisers)
-        lines = [f"FastDiff is on: {_told(method)}" for method in self.methods]
-        lines += [f"on {parts}" + (f": {armed} attention modules" if armed else "")]
-        for denoiser in self._denoisers:
-            lines += [f"left stock, no attention call to take over: {name}"
-                      for name in denoiser.unsupported]
-        return "\n".join([*lines, str(self.report)])
-
-    def _arm(self) -> None:
-        for denoiser in self._denoisers:
-            denoiser.arm()
-
-    def _drives(self, model: Any) -> bool:
-        """Whether this handle was made for `model` itself, not for one it was copied from."""
-        return any(held() is model for held in self._models)
-
-    def _take_out(self) -> None:
-        """Detach every method, last one first."""
-        while self._detach:
-            self._detach.pop()()
-
-    def _watch_scheduler(self) -> None:
-        scheduler = getattr(self._pipe(), "scheduler", None)
-        if scheduler is None or scheduler_clock.armed(scheduler):
-            return
-        # the user replaced pipe.scheduler after enabling, and its run began unseen
-        scheduler_clock.disarm_scheduler(self._scheduler)
-        scheduler_clock.arm_scheduler(scheduler, self.clock)
-        self._scheduler = scheduler
-        if getattr(scheduler, "timesteps", None) is not None:
-            self.clock.begin(len(scheduler.timesteps))
-
-
-def _told(method: Method) -> str:
-    # a plan's table is told in words, once a run begins
-    shown = {k: v for k, v in method.to_dict().items()
-             if k != "method" and v is not None and not isinstance(v, dict)}
-    return f"{method.name} ({', '.join(f'{k}={v}' for k, v in shown.items())})"
-
-
-class Off:
-    """`pipe.fastdiff` of a pipeline that runs stock."""
-
-    enabled = False
-
-    def __repr__(self) -> str:
-        return "FastDiff is off: this pipeline runs stock"
 
 
 def enable(
@@ -132,7 +39,7 @@ def enable(
         attention and one for sampling; nothing means "balanced". options: knobs, each given to the
         method that has it; "method.knob" says which. plan: a calibrated plan, file or dict.
     strict: raise where something would run stock without being asked to; None reads
-        FASTDIFF_STRICT. Enabling again replaces. On error nothing is changed.
+        FASTDIFF_STRICT. Enabling again replaces. On error the settings from before stay on.
 
     A model shared by two pipelines is shared with its setting. Without a scheduler (a bare model)
     there is no step to count, so `dense_steps` does not apply.
@@ -144,6 +51,8 @@ def enable(
               for name, model in find_denoisers(target).items()}
     if strict is None:
         strict = os.environ.get("FASTDIFF_STRICT", "0").lower() not in ("", "0", "false", "no")
+    before = handle_of(target)
+    owner = _owner(before)
     disable(target)
     for part in models.values():
         disable(part.model)
@@ -154,8 +63,18 @@ def enable(
         _enter(target, handle, session, models)
     except BaseException:
         disable(target)
+        if owner is not None and isinstance(before, Handle):
+            enable(owner, *before.methods, strict=before.strict)
         raise
     return handle
+
+
+def _owner(handle: Handle | Off) -> Any:
+    """The pipeline or model that this handle was made for."""
+    if isinstance(handle, Off):
+        return None
+    pipe = handle._pipe()
+    return pipe if pipe is not None else next((held() for held in handle._models.values()), None)
 
 
 def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part]) -> None:
@@ -166,9 +85,12 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
         handle._pipe, handle._scheduler = ref(target), scheduler
-        target.__dict__[HANDLE] = handle
+        target.__dict__ |= {HANDLE: handle, "__deepcopy__": _copying(handle)}
         scheduler_clock.arm_scheduler(scheduler, session.clock)
         session.watch = handle._watch_scheduler
+        session.clock.on_begin(handle._tell_replaced)
+        for model, _ in models.values():
+            before_forward(model, handle._watch_scheduler)
     if session.chosen is not None:
         handle._denoisers += [Denoiser(model, family.read, family.site, family.skip, session)
                               for model, family in models.values()]
@@ -188,22 +110,17 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
 def disable(target: Any) -> None:
     """Take everything out again; the pipeline is then stock, bit for bit. Safe to call twice."""
     handle = getattr(target, "__dict__", {}).get(HANDLE)
-    if handle is not None and (handle._pipe() is target or handle._drives(target)):
-        handle._take_out()
     if handle is not None and handle._pipe() is target:
-        # the one that was armed, should the user have replaced it since
-        scheduler_clock.disarm_scheduler(handle._scheduler)
-    scheduler_clock.disarm_scheduler(getattr(target, "scheduler", None))
+        handle._close()
     for model in _candidates(target).values():
-        held = model.__dict__.pop(HANDLE, None)
-        if held is not None:
-            if held._drives(model):
-                held._take_out()
-            model.__dict__.pop("cache_context", None)
-            disarm(model)
-    getattr(target, "__dict__", {}).pop(HANDLE, None)
-    # a copy of a wrapped pipeline is wrapped too
-    unwrap_call(target)
+        held = model.__dict__.get(HANDLE)
+        if held is not None and held._drives(model):
+            held._release(model)
+        elif held is not None:
+            release(model)
+    # what a copy brought with it
+    scheduler_clock.disarm_scheduler(getattr(target, "scheduler", None))
+    forget(target)
 
 
 def find_denoisers(target: Any) -> dict[str, nn.Module]:
@@ -259,18 +176,31 @@ def _watch_branch(model: nn.Module, clock: StepClock) -> None:
     stock = getattr(type(model), "cache_context", None)
     if stock is None:
         return
+
     @contextmanager
-    def cache_context(name: str, *args: Any, **kwargs: Any):
+    def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any):
         before, clock.branch = clock.branch, name
         try:
-            with stock(model, name, *args, **kwargs) as context:
+            with stock(self, name, *args, **kwargs) as context:
                 yield context
         finally:
             clock.branch = before
 
-    model.__dict__["cache_context"] = cache_context
+    # a method, so that a copied model enters its own context
+    model.__dict__["cache_context"] = MethodType(cache_context, model)
 
 
-def handle_of(pipe: Any) -> Handle | Off:
-    """The handle of an enabled pipeline, or one that says that FastDiff is off."""
-    return pipe.__dict__.get(HANDLE) or Off()
+def _copying(handle: Handle) -> Callable[[dict], Any]:
+    """The `__deepcopy__` of a pipeline that is on: a copy has a clock and a report of its own."""
+
+    def deep_copy(memo: dict) -> Any:
+        pipe = handle._pipe()
+        held = pipe.__dict__.pop("__deepcopy__")
+        try:
+            twin = copy.deepcopy(pipe, memo)
+        finally:
+            pipe.__dict__["__deepcopy__"] = held
+        enable(twin, *handle.methods, strict=handle.strict)
+        return twin
+
+    return deep_copy

@@ -40,6 +40,11 @@ def armed(scheduler: Any) -> bool:
     return CLOCK in getattr(scheduler, "__dict__", {})
 
 
+def clock_of(scheduler: Any) -> StepClock | None:
+    """The clock that this scheduler drives."""
+    return getattr(scheduler, "__dict__", {}).get(CLOCK)
+
+
 def arm_scheduler(scheduler: Any, clock: StepClock) -> None:
     """Let this scheduler instance drive `clock`; isinstance and saved names stay as they were."""
     if not hasattr(type(scheduler), ORIGINAL):

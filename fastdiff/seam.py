@@ -178,6 +178,16 @@ def _hook(module: nn.Module, function: Callable[..., None]) -> None:
     module.register_forward_pre_hook(function, with_kwargs=True)
 
 
+def before_forward(model: nn.Module, act: Callable[[], None]) -> None:
+    """Call `act` before each forward of `model` that is not compiled, until it is disarmed."""
+
+    def call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            act()
+
+    _hook(model, call)
+
+
 def disarm(model: nn.Module) -> None:
     """Make this model stock again. Walks it, so that a deep copy of an armed model is found too."""
     for module in model.modules():

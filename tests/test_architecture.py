@@ -44,8 +44,11 @@ ARROWS: dict[str, set[str]] = {
     "tokens": {"clock", "layout", "blockmask", "method", "kernels", "shadow", "attention", "seam"},
     # presets and plans turn names into methods; finds their files by name
     "config": {"method"},
-    "api": {"clock", "report", "method", "policies", "config", "scheduler", "shadow", "attention",
-            "seam", "pipelines"},
+    # what is on, and how it is taken out
+    "handle": {"clock", "report", "method", "policies", "config", "scheduler", "attention", "seam",
+               "pipelines"},
+    "api": {"clock", "method", "policies", "config", "scheduler", "shadow", "attention", "seam",
+            "pipelines", "handle"},
     # plans found by real runs
     "calibration": {"api", "method", "policies", "layout", "kernels"},
     # one call at a larger size

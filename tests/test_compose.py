@@ -91,7 +91,7 @@ def test_what_a_method_leaves_stock_is_told(wan, scaled):
     assert "RUNS STOCK, 1 times: the last step: it is too short" in repr(wan.fastdiff)
     with pytest.raises(RuntimeError, match="the last step would run stock"):
         wan.enable_fastdiff(scaled(steps=[1]), strict=True)
-    assert not wan.fastdiff.enabled
+    assert wan.fastdiff.enabled and not wan.fastdiff.strict
 
 
 def test_options_find_their_method(scaled):

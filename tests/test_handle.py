@@ -1,0 +1,196 @@
+"""Whose setting a model has: shared models, replaced ones, copies; and what pipe.fastdiff says."""
+
+# diffusers exports its classes lazily and annotates arguments narrowly; no type is checked here
+# pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
+
+import copy
+
+import diffusers
+import pytest
+import torch
+import zoo
+
+import fastdiff
+from fastdiff.attention import DenseFallbackError
+
+
+@pytest.fixture
+def wan():
+    return zoo.build("wan")
+
+
+@pytest.fixture
+def stock():
+    return zoo.call("wan", zoo.build("wan"))
+
+
+def enable(target, *methods, **changes):
+    return fastdiff.enable(target, *(methods or ["tile-sparse"]),
+                           **zoo.small_options("wan", **changes))
+
+
+def sharing(pipe):
+    """Another pipeline with the same transformer and its own scheduler."""
+    other = zoo.build("wan")
+    other.transformer = pipe.transformer
+    return other
+
+
+# shared models
+
+
+def test_a_pipeline_that_shares_says_so(wan):
+    other = sharing(wan)
+    enable(wan)
+    assert other.fastdiff.enabled and other.fastdiff is wan.fastdiff
+    other.disable_fastdiff()
+    assert not wan.fastdiff.enabled and not other.fastdiff.enabled
+
+
+def test_the_last_setting_counts(wan, stock):
+    other = sharing(wan)
+    first = enable(wan)
+    second = enable(other, density=0.7)
+    assert wan.fastdiff is second and second.enabled and not first.enabled
+    assert "was on, and is off" in repr(first)
+    zoo.call("wan", wan)
+    wan.disable_fastdiff()
+    # a run of a pipeline whose setting was taken away arms nothing again
+    for pipe in (other, wan, other):
+        assert torch.equal(zoo.call("wan", pipe), stock)
+    other.disable_fastdiff()
+    for pipe in (wan, other):
+        assert torch.equal(zoo.call("wan", pipe), stock)
+        assert not hasattr(type(pipe.scheduler), "_fastdiff_original")
+
+
+def test_one_of_two_experts_can_be_made_stock():
+    pipe = zoo.build("wan22")
+    handle = enable(pipe)
+    fastdiff.disable(pipe.transformer)
+    assert pipe.fastdiff is handle and "transformer_2 (Wan)" in repr(handle)
+    assert "transformer (Wan)" not in repr(handle)
+    zoo.call("wan22", pipe)
+    assert handle.report.summary()["sparse_calls"] == 4
+
+
+def test_pipelines_that_share_a_scheduler_both_count_steps(wan):
+    other = zoo.build("wan")
+    other.scheduler = wan.scheduler
+    for pipe in (wan, other):
+        enable(pipe, dense_steps=1)
+    for pipe in (wan, other, wan):
+        zoo.call("wan", pipe)
+        assert pipe.fastdiff.report.summary()["dense_calls"] == {"dense step": 4}
+
+
+# replaced parts
+
+
+def test_a_replaced_model_is_told(wan, stock):
+    traces = zoo.fingerprint(wan)
+    old = wan.transformer
+    enable(wan, strict=False)
+    wan.transformer = zoo.build("wan").transformer
+    assert "runs stock: transformer, put in after" in repr(wan.fastdiff)
+    assert torch.equal(zoo.call("wan", wan), stock)
+    fallbacks = wan.fastdiff.report.summary()["fallbacks"]
+    assert list(fallbacks.values()) == [1] and "enable_fastdiff again" in str(fallbacks)
+    wan.disable_fastdiff()
+    wan.transformer = old
+    assert torch.equal(zoo.call("wan", wan), stock)
+    now = zoo.fingerprint(wan)
+    assert {k: v for k, v in now.items() if ".blocks" in k} == {
+        k: v for k, v in traces.items() if ".blocks" in k}
+
+
+def test_a_replaced_model_raises_in_strict_mode(wan):
+    enable(wan)
+    wan.transformer = zoo.build("wan").transformer
+    with pytest.raises(DenseFallbackError, match="transformer would run stock: put in after"):
+        zoo.call("wan", wan)
+    enable(wan)
+    zoo.call("wan", wan)
+
+
+def test_a_wrapped_model_is_not_replaced(wan):
+    enable(wan)
+    wan.transformer = torch.compile(wan.transformer, backend="eager")
+    zoo.call("wan", wan)
+    assert wan.fastdiff.report.summary()["fallbacks"] == {}
+    wan.disable_fastdiff()
+    assert not wan.fastdiff.enabled
+
+
+def test_token_methods_notice_a_replaced_scheduler():
+    pipe = zoo.build("sd15")
+    pipe.enable_fastdiff("at-edm", guard=False, early_steps=2)
+    zoo.call("sd15", pipe, num_inference_steps=4)
+    wanted = pipe.fastdiff.report.summary()["methods"]
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    for _ in range(2):
+        zoo.call("sd15", pipe, num_inference_steps=4)
+        assert pipe.fastdiff.report.summary()["methods"] == wanted
+
+
+# copies
+
+
+@pytest.mark.parametrize("methods", [["tile-sparse"], ["tile-sparse", "bottleneck"]])
+def test_a_copied_pipeline_is_on_by_itself(wan, stock, methods):
+    bottleneck = {"bottleneck.stages": "1:2"} if "bottleneck" in methods else {}
+    enable(wan, *methods, dense_steps=1, **bottleneck)
+    fast = zoo.call("wan", wan)
+    told = wan.fastdiff.report.summary()["dense_calls"]
+    twin = copy.deepcopy(wan)
+    assert twin.fastdiff is not wan.fastdiff and twin.fastdiff.methods == wan.fastdiff.methods
+    assert torch.equal(zoo.call("wan", twin), fast)
+    assert twin.fastdiff.report.summary()["dense_calls"] == told
+    assert wan.fastdiff.report.summary()["dense_calls"] == told
+    wan.disable_fastdiff()
+    assert torch.equal(zoo.call("wan", twin), fast)
+    assert torch.equal(zoo.call("wan", wan), stock)
+    twin.disable_fastdiff()
+    again = copy.deepcopy(twin)
+    for pipe in (wan, twin, again):
+        assert not pipe.fastdiff.enabled and torch.equal(zoo.call("wan", pipe), stock)
+
+
+def test_a_copied_model_does_not_bring_the_original_back(wan, stock):
+    enable(wan)
+    twin = copy.deepcopy(wan.transformer)
+    wan.disable_fastdiff()
+    other = zoo.build("wan")
+    other.transformer = twin
+    zoo.call("wan", other)
+    assert torch.equal(zoo.call("wan", wan), stock)
+
+
+def test_a_copied_model_enters_its_own_cache(wan):
+    config = diffusers.FirstBlockCacheConfig(threshold=0.5)
+    enable(wan)
+    twin = copy.deepcopy(wan)
+    twin.transformer.enable_cache(config)
+    lone = zoo.build("wan")
+    enable(lone)
+    lone.transformer.enable_cache(config)
+    assert torch.equal(zoo.call("wan", twin), zoo.call("wan", lone))
+    bare = copy.deepcopy(wan.transformer)
+    assert bare.cache_context.__self__ is bare
+
+
+# errors
+
+
+def test_a_method_that_cannot_enter_leaves_the_earlier_setting_on(wan):
+    enable(wan, density=0.5)
+    wanted = zoo.call("wan", wan)
+    with pytest.raises(ValueError, match="use kv-downsample or query-skip"):
+        wan.enable_fastdiff("at-edm")
+    assert wan.fastdiff.policy.density == 0.5 and wan.fastdiff.strict
+    assert torch.equal(zoo.call("wan", wan), wanted)
+    wan.disable_fastdiff()
+    fastdiff.enable(wan.transformer, "query-skip")
+    with pytest.raises(ValueError, match="kv-downsample"):
+        wan.enable_fastdiff("at-edm")
+    assert [method.name for method in wan.fastdiff.methods] == ["query-skip"]
