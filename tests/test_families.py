@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 
+from fastdiff import attention
 from fastdiff.policies.tile_sparse import TileSparse
 
 # how many attention calls over the grid one forward makes
@@ -103,11 +104,16 @@ def test_sparse_runs_in_every_layer(name, pairs):
 
 
 @families
-def test_sparse_stays_near_stock(name, pairs):
+def test_sparse_stays_near_stock(name, pairs, monkeypatch):
+    """Models this small hardly feel their attention, so the measure is attention in another order."""
     pair = pairs(name)
     stock = pair.stock()
-    latents, _ = pair.fast({})
-    assert (latents - stock).norm() < 0.1 * stock.norm()
+    error = (pair.fast({})[0] - stock).norm()
+    sparse = attention.block_sparse_attention
+
+    monkeypatch.setattr(attention, "block_sparse_attention",
+                        lambda *args, **options: sparse(*args, **options).flip(1))
+    assert error < 0.7 * (pair.fast({})[0] - stock).norm()
 
 
 @families
