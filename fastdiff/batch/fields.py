@@ -62,9 +62,9 @@ def job_of(line: Line, device: str | None) -> tuple[Job, Path | None]:
         elif name in _TYPES:
             given[name] = _number(name, value)
         elif name in FIELDS:
-            words[name] = _word(name, value)
+            words[name] = values.writable(name, _word(name, value))
         elif "." in name or name in knobs():
-            options[name] = _text(value)
+            options[name] = values.writable(name, _text(value))
         else:
             raise InputError(_unknown(name))
     if not words.get("prompt"):
@@ -126,7 +126,8 @@ def _word(name: str, value: Any) -> str:
 
 def _options(value: Any) -> dict[str, str]:
     if isinstance(value, Mapping):
-        return {str(name).replace("-", "_"): _text(of) for name, of in value.items()}
+        return {str(name).replace("-", "_"): values.writable(str(name), _text(of))
+                for name, of in value.items()}
     several = value if isinstance(value, (list, tuple)) else str(value).split(";")
     return dict(values.pair(str(text)) for text in several)
 

@@ -17,6 +17,7 @@ class InputError(Exception):
 
 def nearest(word: str, known: list[str]) -> str:
     """A sentence part that names the nearest accepted words."""
+    known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{hint}Accepted: {', '.join(known)}"

@@ -39,6 +39,8 @@ class Job:
         prompts = self.prompts or [before["prompt"]] if before else self.prompts
         if not prompts:
             raise InputError("nothing to make: give a PROMPT, or --from a sidecar")
+        for text in (*prompts, self.given.get("negative", "")):
+            values.writable("the prompt", text)
         places, named_kind = output.places(self.out, len(prompts), self.overwrite)
         model = models.find(self.model or before.get("model") or models.FIRST)
         settings = self.settings(model, before, named_kind)
@@ -71,6 +73,10 @@ class Job:
 
         named: the kind that the output's name says.
         """
+        if not math.isfinite(self.given.get("guidance", 0)):
+            raise InputError(f"--guidance {self.given['guidance']}: accepted is a finite number")
+        if not -2**63 <= self.given.get("seed", 0) < 2**63:
+            raise InputError(f"--seed {self.given['seed']}: accepted is {-2**63} to {2**63 - 1}")
         best = model.defaults
         kind = self._kind(before, best, named)
         same = self.model is None or self.model == before.get("model")

@@ -30,6 +30,18 @@ def pair(text: str) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value.strip()
 
 
+def writable(name: str, text: str) -> str:
+    """`text`, if it can be written down: no half of a character, no zero byte."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} {text!a} is not text: character {error.start + 1} is half of one "
+                         "(an emoji that was cut in two, or bytes that are not UTF-8)") from None
+    if "\0" in text:
+        raise InputError(f"{name} {text!a} is not text: it holds a zero byte")
+    return text
+
+
 def typed(name: str, text: str, hint: Any) -> Any:
     """`text` as the type of a dataclass field: a union is tried from the strictest member on."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
