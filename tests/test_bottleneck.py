@@ -197,6 +197,11 @@ def test_matched_noise(name):
     stock = call(name, zoo.build(name), grid=grid)
     out = call(name, pipe, grid=grid)
     assert out.shape == stock.shape and out.isfinite().all()
+    for other in ("restart", "continue"):
+        fastdiff.enable(pipe, staged(transition=other))
+        assert not torch.equal(call(name, pipe, grid=grid), out)
+    fastdiff.enable(pipe, staged(transition="matched-noise"))
+    assert torch.equal(call(name, pipe, grid=grid), out)
     if name != "sdxl":  # whose cells are smaller than its units
         with pytest.raises(ValueError, match="whole multiples"):
             call(name, pipe)
@@ -231,8 +236,16 @@ def test_cogvideox_with_its_own_solver():
 def test_both_wan_experts_run_by_their_noise():
     pipe = zoo.build("wan22")
     stock = call("wan22", pipe)
+    border = pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps
+    seen = {"transformer": [], "transformer_2": []}
+    for name, times in seen.items():
+        getattr(pipe, name).register_forward_pre_hook(
+            lambda _, args, kwargs, times=times: times.append(float(kwargs["timestep"].max())),
+            with_kwargs=True)
     fastdiff.enable(pipe, staged())
     assert call("wan22", pipe).shape == stock.shape
+    assert min(seen["transformer"]) >= border > max(seen["transformer_2"])
+    assert sum(map(len, seen.values())) % STEPS == 0
 
 
 def test_per_token_timesteps_follow_the_size():

@@ -109,7 +109,8 @@ def test_autocast(grad):
         enable(model, density=1.0)
         found = model(**inputs())[0]
     assert found.dtype == stock.dtype == torch.bfloat16
-    torch.testing.assert_close(found, stock, rtol=0.05, atol=0.05)
+    # two roundings of the largest; attention in another order is 0.09 away
+    torch.testing.assert_close(found, stock, rtol=0, atol=0.03)
     if grad:
         found.float().sum().backward()
         assert model.blocks[0].attn1.to_q.weight.grad.any()
