@@ -71,8 +71,9 @@ def test_windows_that_neighbours_share(size, window, slide):
 def test_windows_of_the_published_sizes():
     assert trained_window((30, 52)) == (31, 53)
     assert trained_window((45, 80)) == (45, 81)
-    # share of the blocks that is computed; of blocks of 128 in raster order it was 0.481 at first
-    for grid, native, share in (((21, 68, 120), (30, 52), 0.2051), ((21, 90, 160), (45, 80), 0.2563),
+    # share of the blocks that is computed; of blocks of 128 in raster order it is 0.481 at first
+    for grid, native, share in (((21, 68, 120), (30, 52), 0.2051),
+                                ((21, 90, 160), (45, 80), 0.2563),
                                 ((21, 135, 240), (45, 80), 0.1139)):
         plan = window_plan(grid, trained_window(native), "tile", 128, CPU)
         blocks = plan.counts.numel()
