@@ -24,14 +24,16 @@ from timing import Run, clocks, host_microseconds, tried  # noqa: E402
 from fastdiff.kernels.block_sparse_attention import (  # noqa: E402
     block_sparse_attention,
     implementations,
+    late_first,
 )
 from fastdiff.kernels.tile_gather import tile_gather  # noqa: E402
 from fastdiff.kernels.tile_select import tile_select  # noqa: E402
 
 
 class Shape(NamedTuple):
-    """One comparison. pattern: random, local or uneven lists. method: the whole of tile-sparse
-    (gather, selection, kernel, back) in place of the kernel alone."""
+    """One comparison. pattern: random, local or uneven lists, or text rows that keep everything.
+    ordered: late rows begin first; found in the call, but for text, whose rows are known before.
+    method: the whole of tile-sparse (gather, selection, kernel, back) in place of the kernel."""
 
     name: str
     heads: int
@@ -43,8 +45,10 @@ class Shape(NamedTuple):
     tail: bool = False
     method: bool = False
     flex: bool = False
+    ordered: bool = False
 
 
+TEXT_BLOCKS = 4
 SHAPES = (
     Shape("Wan-1.3B 480p", 12, 32760, 128, 1 / 8, flex=True),
     *(Shape("32k", 12, 32768, 128, d) for d in (1 / 2, 1 / 4, 1 / 8, 1 / 16)),
@@ -52,6 +56,7 @@ SHAPES = (
     Shape("32k, keys by 32", 12, 32768, 128, 1 / 8, 32),
     Shape("32k, keys by 16", 12, 32768, 128, 1 / 8, 16),
     Shape("32k, uneven rows", 12, 32768, 128, 1 / 8, pattern="uneven"),
+    Shape("32k, uneven rows, late first", 12, 32768, 128, 1 / 8, pattern="uneven", ordered=True),
     Shape("32k, tail", 12, 32768, 128, 1 / 8, tail=True),
     Shape("32k, D=64", 12, 32768, 64, 1 / 4),
     Shape("32k, D=64", 12, 32768, 64, 1 / 8),
@@ -60,7 +65,11 @@ SHAPES = (
     Shape("Wan-14B 720p, local", 8, 75600, 128, 1 / 8, pattern="local"),
     Shape("HunyuanVideo 720p", 6, 119056, 128, 1 / 8),
     Shape("Flux 2048", 24, 16896, 128, 1 / 4),
+    Shape("Flux 2048, text", 24, 16896, 128, 0.15, pattern="text"),
+    Shape("Flux 2048, text, late first", 24, 16896, 128, 0.15, pattern="text", ordered=True),
     Shape("Flux 1024", 24, 4608, 128, 1 / 4),
+    Shape("Flux 1024, text", 24, 4608, 128, 1 / 4, pattern="text"),
+    Shape("Flux 1024, text, late first", 24, 4608, 128, 1 / 4, pattern="text", ordered=True),
     # everything that tile-sparse does in a layer
     Shape("Flux 1024, whole method", 24, 4608, 128, 1 / 4, tail=True, method=True),
     Shape("Flux 1536, whole method", 24, 9728, 128, 1 / 4, tail=True, method=True),
@@ -69,7 +78,10 @@ SHAPES = (
     Shape("Wan-14B 720p, whole method", 40, 75600, 128, 1 / 8, tail=True, method=True),
     Shape("128k, whole method", 6, 131072, 128, 0.1, tail=True, method=True),
 )
-TINY = (Shape("tiny", 2, 700, 64, 0.5), Shape("tiny, tail", 2, 700, 64, 0.5, tail=True),
+TINY = (Shape("tiny", 2, 700, 64, 0.5),
+        Shape("tiny, uneven, late first", 2, 700, 64, 0.5, pattern="uneven", ordered=True),
+        Shape("tiny, text, late first", 2, 700, 64, 0.5, pattern="text", ordered=True),
+        Shape("tiny, tail", 2, 700, 64, 0.5, tail=True),
         Shape("tiny, whole method", 2, 700, 64, 0.5, tail=True, method=True))
 
 
@@ -84,6 +96,8 @@ def lists(shape: Shape, blocks: int, key_blocks: int, device: str) -> tuple[torc
     if shape.pattern == "uneven":
         spread = (torch.randn(1, shape.heads, blocks, device=device) * 0.8).exp()
         counts = (spread / spread.mean() * kept).round().clamp(1, key_blocks).int()
+    if shape.pattern == "text":
+        counts[..., :TEXT_BLOCKS] = key_blocks
     rank = place.argsort(dim=-1).argsort(dim=-1)
     keep = rank < counts[..., None]
     number = torch.arange(key_blocks, device=device)
@@ -144,10 +158,21 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, R
         t = tile_gather(q, k, v, identity, k_offsets, block=shape.block_k)
         tail = (*t[3:], keep)
 
+    workers = 1
+    if device == "cuda":
+        workers = torch.cuda.get_device_properties(device).multi_processor_count
+    known = late_first(counts, workers) if shape.ordered and shape.pattern == "text" else None
+
     def sparse(impl: str) -> Run:
-        return lambda: block_sparse_attention(
-            q, k, v, indices, counts, q_offsets, k_offsets, block_q=block, block_k=shape.block_k,
-            tail=tail, impl=impl)
+        def run() -> Any:
+            found = known
+            if shape.ordered and known is None:
+                found = late_first(counts, workers)
+            return block_sparse_attention(
+                q, k, v, indices, counts, q_offsets, k_offsets, block_q=block,
+                block_k=shape.block_k, tail=tail, order=found, impl=impl)
+
+        return run
 
     runs |= {impl: sparse(impl) for impl in impls}
     if shape.flex and device == "cuda":
