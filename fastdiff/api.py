@@ -133,12 +133,15 @@ def find_denoisers(target: Any) -> dict[str, nn.Module]:
             f"Known families: {', '.join(f.name for f in families())}."
         )
     for name, model in found.items():
-        if not any(supported(module.processor) for _, module in attention_modules(model)):
+        processors = [module.processor for _, module in attention_modules(model)]
+        if not any(supported(processor) for processor in processors):
+            kinds = ", ".join(sorted({type(processor).__name__ for processor in processors}))
             raise ValueError(
                 f"{name} ({type(model).__name__}) computes attention in a way FastDiff cannot "
-                "take over: no processor calls diffusers' dispatcher or torch's "
-                f"scaled_dot_product_attention. Known families: "
-                f"{', '.join(f.name for f in families())}."
+                f"take over: its processors ({kinds}) call neither diffusers' dispatcher nor "
+                "torch's scaled_dot_product_attention. Switch attention slicing and xFormers off "
+                "(disable_attention_slicing, disable_xformers_memory_efficient_attention) where "
+                f"they are on. Known families: {', '.join(f.name for f in families())}."
             )
     return found
 

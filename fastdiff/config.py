@@ -5,12 +5,16 @@ import difflib
 import importlib
 import json
 import pkgutil
+import types
+import typing
 from collections.abc import Sequence
 from importlib.util import find_spec
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastdiff.method import KINDS, REGISTRY, Method
+from fastdiff.method import KINDS, REGISTRY, Method, check
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"method": "tile-sparse", "density": 0.3, "dense_steps": 0.35},
@@ -66,6 +70,11 @@ def _start(method: str | Method) -> tuple[type[Method], dict[str, Any]]:
     if isinstance(method, Method):
         fields = dataclasses.fields(method)
         return type(method), {f.name: getattr(method, f.name) for f in fields}
+    if not isinstance(method, str):
+        wanted = (f"{method.__name__}()" if isinstance(method, type) else
+                  "each as an argument of its own" if isinstance(method, (list, tuple)) else
+                  'such as "balanced" or TileSparse(density=0.2)')
+        raise ValueError(f"{method!r} is no method: pass names or methods, {wanted}")
     known = methods()
     settings = dict(PRESETS.get(method, {"method": method}))
     name = settings.pop("method")
@@ -101,10 +110,40 @@ def _knobs(cls: type[Method]) -> list[str]:
 
 
 def _make(cls: type[Method], settings: dict[str, Any]) -> Method:
+    for field in dataclasses.fields(cls):
+        if field.name in settings:
+            _check_type(field.name, settings[field.name], field.type)
     try:
         return cls(**settings)
     except TypeError as error:
         raise ValueError(f"an option of {cls.name} has the wrong type: {error}") from None
+
+
+# words for a field's type, and whether a value is of it
+_TYPES: dict[Any, tuple[str, Any]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: _counts(value, Integral)),
+    float: ("a number", lambda value: _counts(value, Real) and value == value),
+    str: ("a word", lambda value: isinstance(value, (str, PathLike))),
+    types.NoneType: ("None", lambda value: value is None),
+    tuple: ("a tuple of whole numbers", lambda value: isinstance(value, (tuple, list))),
+}
+
+
+def _counts(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_type(knob: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type than the field's; a type of the method's own it checks."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = [typing.get_origin(member) or member
+               for member in (typing.get_args(hint) if union else (hint,))]
+    if all(member in _TYPES for member in members):
+        fits = any(_TYPES[member][1](value) for member in members)
+        # every whole number is a number
+        said = [member for member in members if member is not int or float not in members]
+        check(fits, knob, value, " or ".join(_TYPES[member][0] for member in said))
 
 
 def to_plan(given: Sequence[Method]) -> dict[str, Any]:

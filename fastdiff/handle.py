@@ -1,5 +1,6 @@
 """The handle behind `pipe.fastdiff`: what is on, where, and how all of it is taken out again."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -14,7 +15,8 @@ from fastdiff.method import Method, Part
 from fastdiff.pipelines.staged.call import unwrap_call
 from fastdiff.policies import Policy
 from fastdiff.report import Report
-from fastdiff.seam import Denoiser, disarm
+from fastdiff.seam import LAYER, STAGE, Denoiser, attention_modules, disarm
+from fastdiff.shadow import supported
 
 HANDLE = "_fastdiff_handle"
 
@@ -134,8 +136,18 @@ class Handle:
                 and all(module is not held() for module in part.modules())]
 
     def _tell_replaced(self) -> None:
+        """Say what the user has put in since, and FastDiff does not drive."""
         for name in self._replaced():
             self._session.stays_stock(name, _REPLACED)
+        models = [model for held in self._models.values() if (model := held()) is not None]
+        odd = Counter(
+            type(module.processor).__name__ for model in models
+            for _, module in attention_modules(model)
+            if {LAYER, STAGE} & vars(module).keys() and not supported(module.processor))
+        for processor, count in odd.items():
+            self._session.stays_stock(f"{count} attention modules", (
+                f"{processor}, set after FastDiff was enabled, calls no attention that can be "
+                "taken over (attention slicing does that: disable_attention_slicing)"))
 
 
 _REPLACED = "put in after FastDiff was enabled: call enable_fastdiff again"

@@ -159,12 +159,14 @@ class Report:
         if not rows:
             return "\n".join(told) or "nothing has run yet"
         total = self.summary()
-        lines = [f"{'layer':<44} {'impl':<9} {'sparse':>6} {'dense':>6} {'density':>8} "
+        # whole names: those of a UNet differ at their beginning alone
+        wide = max(len(row["layer"]) for row in rows)
+        lines = [f"{'layer':<{wide}} {'impl':<9} {'sparse':>6} {'dense':>6} {'density':>8} "
                  f"{'saved':>6} {'ms':>9}"]
         for row in rows:
             dense = sum(row["dense_calls"].values()) + sum(row["fallbacks"].values())
             saved = 1 - row["flops"] / row["stock_flops"] if row["stock_flops"] else 0.0
-            lines.append(f"{row['layer'][-44:]:<44} {row['implementation'] or '-':<9} "
+            lines.append(f"{row['layer']:<{wide}} {row['implementation'] or '-':<9} "
                          f"{row['sparse_calls']:>6} {dense:>6} {row['density']:>8.3f} "
                          f"{saved:>6.0%} {row['seconds'] * 1e3:>9.1f}")
         lines.append(f"attention operations: {total['flops']:.3g} of {total['stock_flops']:.3g} "

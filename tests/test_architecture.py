@@ -45,8 +45,8 @@ ARROWS: dict[str, set[str]] = {
     # presets and plans turn names into methods; finds their files by name
     "config": {"method"},
     # what is on, and how it is taken out
-    "handle": {"clock", "report", "method", "policies", "config", "scheduler", "attention", "seam",
-               "pipelines"},
+    "handle": {"clock", "report", "method", "policies", "config", "scheduler", "shadow",
+               "attention", "seam", "pipelines"},
     "api": {"clock", "method", "policies", "config", "scheduler", "shadow", "attention", "seam",
             "pipelines", "handle"},
     # plans found by real runs

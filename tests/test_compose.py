@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -10,6 +11,7 @@ import zoo
 import fastdiff
 from fastdiff.config import from_plan, make_methods, to_plan
 from fastdiff.method import REGISTRY, Method
+from fastdiff.policies.tile_sparse import TileSparse
 
 TRACES: list[str] = []
 
@@ -121,3 +123,31 @@ def test_each_method_once(scaled):
 
 def test_methods_are_exported():
     assert fastdiff.Method is Method
+
+
+@pytest.mark.parametrize(("knob", "value", "accepted"), [
+    ("density", "0.3", "a number"), ("density", float("nan"), "a number"),
+    ("tail", "false", "True or False"), ("min_tokens", "many", "a whole number or None"),
+    ("dense_layers", 2.5, "a whole number"), ("dense_layers", None, "a whole number"),
+    ("dense_steps", True, "a number"), ("seed", [1], "a whole number"),
+    ("tile", 4, "a tuple of whole numbers or None"), ("select_by", None, "a word"),
+])
+def test_a_value_of_another_type_is_named(knob, value, accepted):
+    said = f"{knob}={value!r} is not possible: accepted is {accepted}"
+    with pytest.raises(ValueError) as error:
+        make_methods(["tile-sparse"], {knob: value})
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(1), 1])
+def test_numbers_of_numpy_are_numbers(value):
+    assert make_methods(["tile-sparse"], {"density": value})
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (["tile-sparse", "bottleneck"], "each as an argument of its own"),
+    (TileSparse, r"TileSparse\(\)"), (None, "such as .balanced."), (0.3, "such as .balanced."),
+])
+def test_what_is_no_method_is_refused(given, words):
+    with pytest.raises(ValueError, match=f"is no method: pass names or methods, {words}"):
+        make_methods([given], {})

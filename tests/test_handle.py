@@ -122,6 +122,36 @@ def test_a_wrapped_model_is_not_replaced(wan):
     assert not wan.fastdiff.enabled
 
 
+@pytest.mark.parametrize(("method", "options"), [
+    ("tile-sparse", zoo.small_options("sd15")),
+    ("kv-downsample", {"min_tokens": 1, "guard": False}),
+])
+def test_attention_slicing_is_told(method, options):
+    pipe = zoo.build("sd15")
+    pipe.enable_fastdiff(method, **{**options, "strict": False})
+    pipe.enable_attention_slicing()
+    zoo.call("sd15", pipe)
+    assert "14 attention modules: SlicedAttnProcessor, set after" in repr(pipe.fastdiff)
+    pipe.disable_attention_slicing()
+    zoo.call("sd15", pipe)
+    assert pipe.fastdiff.report.summary()["fallbacks"] == {}
+    pipe.enable_fastdiff(method, **{**options, "strict": True})
+    pipe.enable_attention_slicing()
+    with pytest.raises(DenseFallbackError, match="14 attention modules would run stock: Sliced"):
+        zoo.call("sd15", pipe)
+    pipe.disable_fastdiff()
+    with pytest.raises(ValueError, match="processors .SlicedAttnProcessor. .*attention slicing"):
+        pipe.enable_fastdiff(method)
+
+
+def test_layers_of_a_unet_can_be_told_apart():
+    pipe = zoo.build("sd15")
+    fastdiff.enable(pipe, "tile-sparse", **zoo.small_options("sd15"))
+    zoo.call("sd15", pipe)
+    names = [row["layer"] for row in pipe.fastdiff.report.rows()]
+    assert len({*names}) == 7 and all(f"{name} " in repr(pipe.fastdiff) for name in names)
+
+
 def test_token_methods_notice_a_replaced_scheduler():
     pipe = zoo.build("sd15")
     pipe.enable_fastdiff("at-edm", guard=False, early_steps=2)
