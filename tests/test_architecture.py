@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     # one call at a larger size
     "upscale": {"api", "pipelines"},
     # the names that a user sees: attach at once, the rest when asked for
-    "__init__": {"attach", "api", "method", "policies", "upscale"},
+    "__init__": {"attach", "api", "method", "policies", "tokens", "pipelines", "upscale"},
     "cli": {"__init__", "api", "method", "config", "policies", "kernels", "models", "report",
             "layout", "calibration"},
     # many jobs, with the steps of generate; the command line finds it by name

@@ -1,6 +1,7 @@
 """Several methods at once: attention beside methods that enter by `attach`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import zoo
 
 import fastdiff
-from fastdiff.config import from_plan, make_methods, to_plan
+from fastdiff.config import from_plan, make_methods, methods, to_plan
 from fastdiff.method import REGISTRY, Method
 from fastdiff.policies.tile_sparse import TileSparse
 
@@ -123,6 +124,22 @@ def test_each_method_once(scaled):
 
 def test_methods_are_exported():
     assert fastdiff.Method is Method
+    offered = {getattr(fastdiff, name) for name in fastdiff.__all__}
+    for name, cls in methods().items():
+        assert cls in offered or not cls.__module__.startswith("fastdiff."), name
+
+
+def test_examples_of_the_pages_run():
+    """Lines that enable something, of the pages that show methods as objects, on a tiny model."""
+    pages = Path(__file__).parent.parent / "docs"
+    names = {name: getattr(fastdiff, name) for name in fastdiff.__all__}
+    lines = [line for page in ("tokens.md", "bottleneck.md", "freeswim.md")
+             for line in (pages / page).read_text(encoding="utf-8").splitlines()
+             if line.startswith("pipe.enable_fastdiff(")]
+    pipes = zoo.build("wan"), zoo.build("sdxl")
+    for line in lines:
+        exec(line, {**names, "pipe": pipes["SDXL" in line or "at-edm" in line]})
+    assert len(lines) >= 9
 
 
 @pytest.mark.parametrize(("knob", "value", "accepted"), [
