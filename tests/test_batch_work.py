@@ -87,6 +87,34 @@ def test_a_second_run_makes_only_what_is_missing(run):
     run.whole(tasks)
 
 
+def test_damaged_results_are_made_again_and_told_as_made(run):
+    tasks = [task(i) for i in range(5)]
+    assert run.work(tasks).ok
+    empty, no_words, cut = (run.folder.result(tasks[i]) for i in range(3))
+    empty.write_bytes(b"")
+    Path(f"{no_words}.json").write_text("")
+    Path(f"{cut}.json").write_text('{"fastdiff_side')
+    run.events.clear()
+    again = run.work(tasks)
+    assert again.ok and (again.made, again.skipped) == (3, 2)
+    assert [event["event"] for event in run.events] == ["start", *["done"] * 3, "end"]
+    run.whole(tasks)
+
+
+def test_other_files_in_the_folder_are_let_alone(run):
+    tasks = [task(1)]
+    run.out.mkdir()
+    strange = {"list.json": "[]", "error.json": '{"error": 1}', "note.json": '{"batch": 3}',
+               "side.json": '{"batch": {"id": "x"}, "file": "a"}', "bytes.json": "\0"}
+    for name, text in strange.items():
+        (run.out / name).write_text(text)
+    assert run.work(tasks).ok
+    for name, text in strange.items():
+        assert (run.out / name).read_text() == text
+        (run.out / name).unlink()
+    run.whole(tasks)
+
+
 def test_a_failed_job_is_noted_and_the_rest_goes_on(run):
     tasks = [task(i) for i in range(5)]
     bad = FakeMaker(run.log, errors={"number 2": ValueError("no such thing")})

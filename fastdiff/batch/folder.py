@@ -111,13 +111,16 @@ class Folder:
                 path.unlink(missing_ok=True)
 
     def drop_orphans(self, tasks: Iterable[Task]) -> None:
-        """Remove sidecars whose result was deleted: those jobs are to be made again."""
+        """Remove sidecars that cannot be read, or whose result was deleted or is empty.
+
+        Those jobs are to be made again.
+        """
         for task in tasks:
             for suffix in _suffixes(task):
                 path = self.path / f"{task.stem}{suffix}"
                 sidecar = output.sidecar_of(path)
                 # in this order: who writes now writes the sidecar last
-                if sidecar.exists() and not path.exists():
+                if sidecar.exists() and not (_size(path) and self._content(sidecar)):
                     sidecar.unlink(missing_ok=True)
 
     def listing(self) -> tuple[set[str], set[str]]:
@@ -137,19 +140,29 @@ class Folder:
         found = []
         for path in [*self.path.glob("*.json"), *self.failures.glob("*.json")]:
             try:
-                stamp = path.stat().st_mtime_ns
-                if self._read.get(str(path), (0, {}))[0] != stamp:
-                    content = json.loads(path.read_text(encoding="utf-8"))
-                    self._read[str(path)] = (stamp, content if isinstance(content, dict) else {})
-            except (OSError, ValueError):
-                # not ours, or removed meanwhile
+                content = self._content(path)
+            except OSError:
+                # removed meanwhile
                 continue
-            found.append(self._read[str(path)])
-        ours = [content for _, content in sorted(found, key=lambda pair: pair[0])
-                if "error" in content or ("batch" in content
-                                          and (self.path / content["file"]).is_file())]
+            if _is_note(content) or (_is_result(content)
+                                     and (self.path / content["file"]).is_file()):
+                found.append(self._read[str(path)])
+        ours = [content for _, content in sorted(found, key=lambda pair: pair[0])]
         done = {content["batch"]["id"] for content in ours if "batch" in content}
         return [content for content in ours if "batch" in content or content["id"] not in done]
+
+    def _content(self, path: Path) -> dict[str, Any]:
+        """A file of JSON, read once; empty where it is something else."""
+        stamp = path.stat().st_mtime_ns
+        before = self._read.get(str(path))
+        if before is not None and before[0] == stamp:
+            return before[1]
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError:
+            content = {}
+        self._read[str(path)] = (stamp, content if isinstance(content, dict) else {})
+        return self._read[str(path)][1]
 
     def _note(self, task_id: str) -> Path:
         return self.failures / f"{task_id}.json"
@@ -167,6 +180,17 @@ def fatal(error: BaseException, folder: Path) -> OSError | None:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _is_result(content: dict[str, Any]) -> bool:
+    """Whether it is a sidecar of a batch; other files of a user may lie beside them."""
+    batch = content.get("batch")
+    return (isinstance(batch, dict) and "id" in batch
+            and {"file", "prompt", "plan"} <= content.keys())
+
+
+def _is_note(content: dict[str, Any]) -> bool:
+    return {"id", "error", "settings"} <= content.keys()
 
 
 def _suffixes(task: Task) -> tuple[str, ...]:
