@@ -225,6 +225,7 @@ def test_options_that_fix_the_cost_leave_nothing_to_share_out(wan):
 def test_the_hull_is_convex_and_falls():
     points = [(0.1, 5.0), (0.2, 4.9), (0.3, 1.0), (0.5, 2.0), (1.0, 0.0)]
     assert hull(points) == [(0.1, 5.0), (0.3, 1.0), (1.0, 0.0)]
+    assert hull([*points[:3], (1.0, 1.5)]) == [(0.1, 5.0), (0.3, 1.0)]
 
 
 def test_allocation_is_the_best_of_a_grid():

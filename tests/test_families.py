@@ -10,6 +10,9 @@ import torch
 import zoo
 
 from fastdiff import attention
+from fastdiff.clock import StepClock
+from fastdiff.layout import TokenLayout
+from fastdiff.policies.base import Context
 from fastdiff.policies.tile_sparse import TileSparse
 
 # how many attention calls over the grid one forward makes
@@ -242,6 +245,28 @@ def test_sink_frames_are_always_kept(name, pairs, selections):
         kept = mask.to_dense()[:, :, tiles.inverse][..., tiles.inverse]
         plane = layout.grid[1] * layout.grid[2]
         assert kept[..., layout.before : layout.before + plane].all()
+
+
+def test_the_first_frame_is_kept_where_it_is_cheap():
+    """Without `sink`: where a frame takes at most a quarter of the density."""
+    context = Context(TokenLayout((8, 4, 4)), StepClock(), 0)
+    for frames, kept in ((8, True), (7, False)):
+        tiles = TileSparse(density=0.5).tiles(TokenLayout((frames, 4, 4)), torch.empty(0), context)
+        found = torch.repeat_interleave(tiles.always, tiles.lengths.long())[tiles.inverse]
+        assert found[:16].all() == kept and found.any() == kept
+
+
+def test_operations_are_those_of_the_pairs_and_of_the_means(pairs):
+    pair = pairs("wan")
+    _, report = pair.fast({"tail": True})
+    config, tokens = pair.pipe.transformer.config, math.prod(zoo.GRIDS["wan"])
+    whole = 4 * tokens**2 * config.num_attention_heads * config.attention_head_dim
+    tile = zoo.small_options("wan")["tile"]
+    blocks = math.prod(math.ceil(n / t) for n, t in zip(zoo.GRIDS["wan"], tile, strict=True))
+    for row in report.rows():
+        assert row["stock_flops"] == row["sparse_calls"] * whole
+        share = row["density"] + blocks / tokens
+        assert row["flops"] == pytest.approx(row["stock_flops"] * share)
 
 
 def _with_other_text(pipe):
