@@ -129,6 +129,16 @@ def test_a_sidecar_makes_the_same_png_again(wan, tmp_path):
     assert (iio.imread(other) != iio.imread(path)).any()
 
 
+@pytest.mark.parametrize("name, value", [
+    ("steps", "many"), ("seed", None), ("height", "x"), ("plan", []), ("call", None)])
+def test_a_sidecar_with_a_value_of_the_wrong_type(name, value, wan, tmp_path):
+    run("generate", "a red cat", "-m", wan, "--method", "stock", "-o", tmp_path / "a.png")
+    path = tmp_path / "a.png.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    told = refused("generate", "--from", path, "-o", tmp_path / "b.png")
+    assert f"{name}={value!r}" in told and "wrong type" in told
+
+
 def test_sparse_and_stock_differ_and_stock_of_a_sidecar_stays_stock(wan, tmp_path):
     words = ["generate", "a red cat", "-m", wan, "--image", "--json"]
     stock = json.loads(run(*words, "-o", tmp_path / "s.png", "--method", "stock").stdout)
@@ -168,6 +178,29 @@ def test_many_prompts_fill_a_folder_and_nothing_is_overwritten(wan, tmp_path, mo
     run(*words[:1], "a blue cat", *words[4:], "-o", "out", "--overwrite")
     assert Path("out/a-blue-cat-seed0.png").stat() != before
     assert not Path("out/a-blue-cat-seed0-3.png").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_that_another_run_takes_meanwhile(links, wan, tmp_path, monkeypatch):
+    real, calls = output._write_png, []
+
+    def meanwhile(part, *rest):
+        if not calls:
+            (tmp_path / "a.png").write_text("another run's")
+        calls.append(part)
+        real(part, *rest)
+
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(output, "_write_png", meanwhile)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    found = run("generate", "a red cat", "-m", wan, "-o", tmp_path / "a.png", "--quiet")
+    assert found.stdout.split() == [str(tmp_path / "a-2.png")]
+    assert (tmp_path / "a.png").read_text() == "another run's"
+    assert sorted(os.listdir(tmp_path)) == ["a-2.png", "a-2.png.json", "a.png"]
+    assert json.loads((tmp_path / "a-2.png.json").read_text())["file"] == "a-2.png"
 
 
 def test_an_image_pipeline_with_its_own_defaults(sd15, tmp_path):

@@ -202,19 +202,29 @@ class _Run:
             result = sampling.sample(self.pipe, self.settings, bar)
         settings = result.settings
         report = None if settings.plan is None else self.pipe.fastdiff.report.summary()
-        path = self.place.path(settings.kind, settings.prompt, settings.seed, self.used)
+        about = {**settings.to_dict(), "versions": sidecar.versions(),
+                 "model_sha256": self.model.sha256 if self.model.shipped else None}
+        path = self._write(result, about)
         self.used.add(path)
         record = sidecar.record(path, settings, self.model, self.pipe, result.seconds, report,
                                 self.job.command_line)
-        about = {**settings.to_dict(), "model_sha256": record["model_sha256"],
-                 "versions": record["versions"]}
         if stock is not None:
             record["compare"] = self._write_comparison(path, stock, result, about)
-        output.write(path, result.frames, settings.fps, about)
         output.write_json(output.sidecar_of(path), record)
         record = {**record, "path": str(path)}
         self.show.result(record, None if report is None else repr(self.pipe.fastdiff))
         return record
+
+    def _write(self, result: sampling.Result, about: dict[str, Any]) -> Path:
+        """Write the result; where another run takes the name meanwhile, under the next one."""
+        settings = result.settings
+        while True:
+            path = self.place.path(settings.kind, settings.prompt, settings.seed, self.used)
+            try:
+                output.write(path, result.frames, settings.fps, about, not self.place.overwrite)
+            except FileExistsError:
+                continue
+            return path
 
     def _stock(self) -> sampling.Result:
         """The stock result; both ways have run two steps before a clock starts."""

@@ -37,7 +37,7 @@ class Place:
         while True:
             path = self.folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
             taken = (path, sidecar_of(path), beside(path, "stock"), beside(path, "compare"))
-            free = self.overwrite or not any(part.exists() for part in taken)
+            free = self.overwrite or not any(map(os.path.lexists, taken))
             if free and path not in used:
                 return path
             number += 1
@@ -93,23 +93,45 @@ def writable(folder: Path) -> Path:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A file to fill; it takes the name `path` only when complete and on disk."""
+def atomic(path: Path, new: bool = False) -> Iterator[Path]:
+    """A file to fill; it takes the name `path` only when complete and on disk.
+
+    new: raise FileExistsError where another process took the name meanwhile.
+    """
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(part, path)
+        if new:
+            _take(path, part)
+        else:
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write(path: Path, frames: Any, fps: int, about: dict[str, Any]) -> None:
-    """Write float [F, H, W, 3] in 0..1 as MP4, or its first frame as PNG, with `about` inside."""
+def _take(path: Path, part: Path) -> None:
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(part, path)
+
+
+def write(
+    path: Path, frames: Any, fps: int, about: dict[str, Any], new: bool = False
+) -> None:
+    """Write float [F, H, W, 3] in 0..1 as MP4, or its first frame as PNG, with `about` inside.
+
+    new: as of `atomic`.
+    """
     pixels = to_bytes(frames)
     text = json.dumps(without_tables(about), ensure_ascii=False, sort_keys=True)
-    with atomic(path) as part:
+    with atomic(path, new) as part:
         if path.suffix.lower() == SUFFIX["image"]:
             _write_png(part, pixels[0], about, text)
         else:

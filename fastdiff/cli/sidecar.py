@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import platform
 import shlex
+import types
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -66,7 +68,17 @@ def parse(text: str | bytes, name: str) -> dict[str, Any]:
     missing = [f.name for f in fields(Settings) if f.name not in content]
     if missing:
         raise InputError(f"the sidecar {name!r} lacks {', '.join(missing)}")
+    for setting, hint in typing.get_type_hints(Settings).items():
+        if not _is(content[setting], hint):
+            raise InputError(f"the sidecar {name!r} has {setting}={content[setting]!r}: that is "
+                             "of the wrong type")
     return content
+
+
+def _is(value: Any, hint: Any) -> bool:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = [typing.get_origin(kind) or kind for kind in kinds]
+    return isinstance(value, tuple(plain)) or (isinstance(value, int) and float in plain)
 
 
 def versions() -> dict[str, str | None]:
