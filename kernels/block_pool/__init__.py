@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -49,5 +50,6 @@ def block_pool(
     return module.run(x, offsets, block=block, mask=mask)
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)

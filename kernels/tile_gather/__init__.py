@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -62,5 +63,6 @@ def tile_gather(
     return Tiles(*module.run(query, key, value, order, offsets, block=block, mask=mask))
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)

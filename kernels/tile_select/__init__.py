@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -68,5 +69,6 @@ def tile_select(
                                 density=density, probes=probes, each_row=each_row))
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -45,5 +46,6 @@ def _choose(x: Tensor, order: Tensor, impl: str) -> ModuleType:
         f"token_permute on {x.device}"))
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)

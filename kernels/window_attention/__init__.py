@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -83,6 +84,7 @@ def implementations(query: Tensor, key: Tensor, value: Tensor) -> dict[str, list
             for name in IMPLEMENTATIONS}
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __name__)
 
