@@ -73,6 +73,12 @@ def test_means_have_their_confidence_and_pairs_their_difference():
     assert likeness.paired(one, {}, "psnr") is None
 
 
+def test_a_spread_is_the_median_and_the_fifths_beside_it():
+    assert record.spread([9.0, 2.0, 1.0, 100.0, 3.0, 4.0]) == {
+        "seconds": 3.5, "p20": 2.0, "p80": 9.0, "repeats": 6}
+    assert record.spread([2.0]) == {"seconds": 2.0, "p20": 2.0, "p80": 2.0, "repeats": 1}
+
+
 def test_prompts_are_thirty_two_and_none_is_used_in_a_search():
     from fastdiff.calibration.prompts import DEFAULT
 
