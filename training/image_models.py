@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from .text import EOS, PAD, TOKENS
+from .text import EOS, PAD, TOKENS, t5_numbers
 
 CHANNELS = 16
 
@@ -47,23 +47,7 @@ def fold_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 def build_prompt_encoders(config: dict) -> tuple[T5EncoderModel, CLIPTextModel]:
     """The T5 encoder whose tokens the denoiser attends to, and CLIP for the pooled vector."""
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=config["vocabulary"],
-            d_model=config["dim"],
-            d_kv=64,
-            d_ff=config["ffn_dim"],
-            num_layers=config["layers"],
-            num_heads=config["dim"] // 64,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=32,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            decoder_start_token_id=PAD,
-        )
-    )
+    t5 = T5EncoderModel(T5Config(**t5_numbers(config, config["vocabulary"])))
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=config["vocabulary"],

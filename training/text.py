@@ -56,25 +56,27 @@ def wrap_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def t5_numbers(config: dict, vocabulary: int) -> dict:
+    """What both kinds of T5 encoders are built from."""
+    return {
+        "vocab_size": vocabulary,
+        "d_model": config["dim"],
+        "d_kv": 64,
+        "d_ff": config["ffn_dim"],
+        "num_layers": config["layers"],
+        "num_heads": config["dim"] // 64,
+        "relative_attention_num_buckets": 16,
+        "relative_attention_max_distance": 32,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": PAD,
+    }
+
+
 def build_text_encoder(config: dict, vocabulary: int) -> UMT5EncoderModel:
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary,
-            d_model=config["dim"],
-            d_kv=64,
-            d_ff=config["ffn_dim"],
-            num_layers=config["layers"],
-            num_heads=config["dim"] // 64,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=32,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            decoder_start_token_id=PAD,
-            tie_word_embeddings=False,
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(**t5_numbers(config, vocabulary), tie_word_embeddings=False))
 
 
 def tokenize(
