@@ -15,7 +15,7 @@ from fastdiff.demo import live
 from fastdiff.demo.house import House, told
 from fastdiff.demo.method_panel import MethodPanel
 from fastdiff.demo.wish import Wish, whole
-from fastdiff.demo.worker import Ticket
+from fastdiff.demo.worker import Stopped, Ticket
 
 EXAMPLE = ("a red apple on a blue background\na yellow sun on a purple background\n"
            "a penguin on a dotted green background")
@@ -23,11 +23,15 @@ EXAMPLE = ("a red apple on a blue background\na yellow sun on a purple backgroun
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch left. files: results in the order of the jobs. failed: sentences."""
+    """What a batch left. files: results in the order of the jobs. failed: sentences.
+
+    cut: why it ended before its last job; empty where it did not.
+    """
 
     files: list[Path]
     failed: list[str]
     archive: Path
+    cut: str = ""
 
 
 class BatchTab:
@@ -81,28 +85,48 @@ class BatchTab:
                 for prompt in prompts for seed in numbers]
 
     def make(self, user: str, wishes: list[Wish], ticket: Ticket) -> Batch:
-        """Run in the worker's thread."""
+        """Run in the worker's thread. What is finished when it is stopped is kept."""
         renderer, folder = self._house.renderer, self._house.shelf.room(user)
         files: list[Path] = []
+        failed: list[str] = []
+        late = cut = ""
         ticket.enter(f"1 of {len(wishes)}")
 
         def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "done":
+                files.append(Path(event["file"]))
+            if event["event"] == "failed":
+                failed.append(f"{event['where']}: {event['error']}")
             if event["event"] in ("done", "failed"):
                 number = min(event["finished"] + 1, event["jobs"])
                 ticket.phase = f"{number} of {event['jobs']}"
 
         def on_step(step: int, of: int) -> None:
-            ticket.check()
+            nonlocal late
+            try:
+                ticket.check()
+            except Stopped:
+                # the batch itself sees it at the next step
+                return
+            except InputError as error:
+                # the time is over: no fault of this job, and an end for all that follow
+                late = str(error)
+                ticket.stop()
             ticket.step, ticket.steps = step, of
 
         try:
-            outcome = run([_fields(wish) for wish in wishes], folder / "results",
-                          defaults={"model": renderer.model.name, "dtype": renderer.dtype},
-                          device=renderer.device, on_event=on_event, on_step=on_step,
-                          stop=ticket.ended, load=lambda *asked: renderer.pipe)
-            ticket.check()
-            files = [path for path in outcome.results if path is not None]
-            failed = [f"{where}: {error}" for where, error in outcome.failed]
+            try:
+                outcome = run([_fields(wish) for wish in wishes], folder / "results",
+                              defaults={"model": renderer.model.name, "dtype": renderer.dtype},
+                              device=renderer.device, on_event=on_event, on_step=on_step,
+                              stop=ticket.ended, load=lambda *asked: renderer.pipe)
+                files = [path for path in outcome.results if path is not None]
+                failed = [f"{where}: {error}" for where, error in outcome.failed]
+            except KeyboardInterrupt:
+                # how a batch ends that is asked to stop
+                if not files:
+                    raise (InputError(late) if late else Stopped) from None
+                cut = late or "stopped"
             archive = folder / "fastdiff-batch.zip"
             _pack(folder / "results", archive)
         except BaseException:
@@ -110,7 +134,7 @@ class BatchTab:
             raise
         finally:
             renderer.set_right()
-        return Batch(files, failed, archive)
+        return Batch(files, failed, archive, cut)
 
     def _connect(self) -> None:
         async def batch(
@@ -140,7 +164,8 @@ class BatchTab:
 
     def _result(self, made: Batch) -> dict[Any, Any]:
         told_ = live.note(f"{len(made.files)} made" + (f", {len(made.failed)} failed: "
-                          f"{'; '.join(made.failed)}" if made.failed else "."))
+                          f"{'; '.join(made.failed)}" if made.failed else ".")
+                          + (f" The rest was not made: {made.cut}." if made.cut else ""))
         shown = [(str(path), path.stem.rpartition("-seed")[0].replace("-", " "))
                  for path in made.files]
         return {self.live: told_,

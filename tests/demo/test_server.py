@@ -14,14 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from fastdiff.cli.errors import InputError
+from fastdiff.demo.batch_tab import BatchTab
+from fastdiff.demo.method_panel import MethodPanel
 from fastdiff.demo.server import Place, serve
 from fastdiff.demo.wish import Wish
-from fastdiff.demo.worker import STOPPED
+from fastdiff.demo.worker import STOPPED, Ticket
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ("live", "cards", "one", "stock", "fast", "difference", "scale", "chart", "report", "code",
@@ -139,6 +143,36 @@ def test_batch(client, tmp_path):
     names = zipfile.ZipFile(archive).namelist()
     assert sum(name.endswith(".png") for name in names) == 4 and "index.html" in names
     assert not any(name.startswith("/") or ".." in name for name in names)
+
+
+def test_a_stopped_batch(client, house):
+    job = send(client, "/batch", prompts="a red cat", steps=5000, make="image")
+    until(lambda: house.worker.load == 1 and house.worker._running.step > 1)
+    client.predict(api_name="/stop_batch")
+    assert "Stopped. Nothing was written." in text(job.result(timeout=30)[0])
+
+
+@pytest.mark.parametrize("late, told", [(False, "stopped"), (True, "stopped after 9 seconds")])
+def test_a_batch_that_ends_early_keeps_what_is_made(late, told, house):
+    class Cut(Ticket):
+        """Stopped, or out of time, while the second job runs."""
+
+        def check(self):
+            if self.phase == "2 of 3" and late:
+                raise InputError(told)
+            if self.phase == "2 of 3":
+                self.stop()
+            super().check()
+
+    with gr.Blocks():
+        tab = BatchTab(house, MethodPanel())
+    wishes = tab.wishes("a red cat\na blue dog\na sun", "image", "0", 1000, None)
+    made = tab.make("someone", wishes, Cut("someone", lambda ticket: None, 1e6))
+    assert 1 <= len(made.files) < 3 and made.failed == []
+    assert made.cut == told and f"The rest was not made: {told}" in tab._result(made)[tab.live]
+    names = zipfile.ZipFile(made.archive).namelist()
+    assert sum(name.endswith(".png") for name in names) == len(made.files)
+    assert "index.html" in names
 
 
 def test_batch_is_bounded(client):
