@@ -42,7 +42,8 @@ def enable(
         FASTDIFF_STRICT. Enabling again replaces. On error the settings from before stay on.
 
     A model shared by two pipelines is shared with its setting. Without a scheduler (a bare model)
-    there is no step to count, so `dense_steps` does not apply.
+    there is no step to count, so `dense_steps` does not apply: in a loop of your own pass an object
+    with both, SimpleNamespace(components={"transformer": model}, scheduler=scheduler).
     """
     if plan is not None and methods:
         raise ValueError("pass either methods or plan=, not both")
@@ -84,8 +85,8 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
     session.clock.on_begin(session.report.reset)
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
-        handle._pipe, handle._scheduler = ref(target), scheduler
-        target.__dict__ |= {HANDLE: handle, "__deepcopy__": _copying(handle)}
+        handle._pipe, handle._scheduler = _held(target), scheduler
+        target.__dict__.update({HANDLE: handle, "__deepcopy__": _copying(handle)})
         scheduler_clock.arm_scheduler(scheduler, session.clock)
         session.watch = handle._watch_scheduler
         session.clock.on_begin(handle._tell_replaced)
@@ -105,6 +106,13 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
     host = Host(pipe, models, session.clock, session.report, session.strict, session.stays_stock)
     for method in handle.methods:
         handle._detach.append(method.attach(host))
+
+
+def _held(target: Any) -> Callable[[], Any]:
+    try:
+        return ref(target)
+    except TypeError:  # a SimpleNamespace of a loop of one's own
+        return lambda: target
 
 
 def disable(target: Any) -> None:

@@ -78,7 +78,11 @@ class Handle:
         for denoiser in self._denoisers:
             lines += [f"left stock, no attention call to take over: {name}"
                       for name in denoiser.unsupported]
-        return "\n".join([*lines, str(self.report)])
+        told = self.report
+        counted = told.rows() or told.methods or told.stock
+        lines += [str(told) if counted or not self.clock.run else
+                  "it ran, and nothing was counted: calls of compiled code are not"]
+        return "\n".join(lines)
 
     def _arm(self) -> None:
         for denoiser in self._denoisers:

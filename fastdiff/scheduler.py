@@ -1,7 +1,10 @@
 """Drive a StepClock from a diffusers scheduler, by swapping the class of that one instance."""
 
 import functools
+import inspect
 from typing import Any
+
+import torch
 
 from fastdiff.clock import StepClock
 
@@ -15,6 +18,8 @@ def _subclass(cls: type) -> type:
     """A subclass with the same name and signatures that also tells the clock."""
     if cls not in _subclasses:
 
+        signature = inspect.signature(cls.step)
+
         @functools.wraps(cls.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
             result = cls.set_timesteps(self, *args, **kwargs)
@@ -26,13 +31,28 @@ def _subclass(cls: type) -> type:
         def step(self, *args: Any, **kwargs: Any) -> Any:
             result = cls.step(self, *args, **kwargs)
             if armed(self):
-                getattr(self, CLOCK).advance()
+                clock = getattr(self, CLOCK)
+                if clock.step == 0:
+                    timestep = signature.bind(self, *args, **kwargs).arguments.get("timestep")
+                    clock.steps = len(self.timesteps) - _skipped(self, timestep)
+                clock.advance()
             return result
 
         body = {"set_timesteps": set_timesteps, "step": step, "__module__": cls.__module__,
                 "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, ORIGINAL: cls}
         _subclasses[cls] = type(cls.__name__, (cls,), body)
     return _subclasses[cls]
+
+
+def _skipped(scheduler: Any, timestep: Any) -> int:
+    """Timesteps of the schedule before the one that a run began with: image to image skips some."""
+    index = getattr(scheduler, "step_index", None)
+    if index is not None:
+        return max(0, index - 1)
+    if timestep is None:
+        return 0
+    found = (torch.as_tensor(scheduler.timesteps) == timestep).nonzero()
+    return int(found[0]) if len(found) else 0
 
 
 def armed(scheduler: Any) -> bool:

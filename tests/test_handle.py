@@ -4,6 +4,8 @@
 # pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import pytest
@@ -161,6 +163,67 @@ def test_token_methods_notice_a_replaced_scheduler():
     for _ in range(2):
         zoo.call("sd15", pipe, num_inference_steps=4)
         assert pipe.fastdiff.report.summary()["methods"] == wanted
+
+
+# steps
+
+
+@pytest.mark.parametrize("scheduler", [
+    diffusers.DDIMScheduler, diffusers.PNDMScheduler, diffusers.EulerDiscreteScheduler,
+    diffusers.DPMSolverMultistepScheduler])
+def test_a_fraction_is_of_the_steps_that_run(scheduler):
+    """Image to image begins in the middle of the schedule."""
+    pipe: Any = zoo.build("sd15")
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(
+        pipe, requires_safety_checker=False)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.set_progress_bar_config(disable=True)
+    fastdiff.enable(pipe, "tile-sparse", **zoo.small_options("sd15", dense_steps=0.5))
+    for strength, run in ((0.4, 4), (1.0, 10)):
+        pipe("a cat", image=torch.rand(1, 3, 96, 72), strength=strength, num_inference_steps=10,
+             output_type="latent")
+        told = pipe.fastdiff.report.summary()
+        more = scheduler is diffusers.PNDMScheduler
+        assert pipe.fastdiff.clock.steps == run + more
+        assert told["dense_calls"] == {"dense step": 7 * round((run + more) / 2)}
+
+
+def test_a_loop_of_ones_own():
+    """The lines of docs/seam.md."""
+    model: Any = zoo.wan_transformer()
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    inputs = {"encoder_hidden_states": torch.randn(1, 8, 32)}
+    noise = torch.randn(1, 16, 3, 10, 14)
+
+    @torch.no_grad()
+    def run():
+        scheduler.set_timesteps(4)
+        latents = noise
+        for t in scheduler.timesteps:
+            out = model(hidden_states=latents, timestep=t[None], **inputs).sample
+            latents = scheduler.step(out, t, latents).prev_sample
+        return latents
+
+    wanted = run()
+    loop = SimpleNamespace(components={"transformer": model}, scheduler=scheduler)
+    handle = fastdiff.enable(loop, "tile-sparse", "query-skip", **{
+        **{f"tile-sparse.{k}": v for k, v in zoo.small_options("wan", dense_steps=1).items()
+           if k != "strict"}, "query-skip.min_tokens": 1})
+    assert not torch.equal(run(), wanted)
+    assert handle.report.summary()["dense_calls"] == {"dense step": 2}
+    fastdiff.disable(loop)
+    assert torch.equal(run(), wanted)
+    fastdiff.enable(model, "query-skip")
+    with pytest.raises(DenseFallbackError, match="a bare model has no steps"):
+        fastdiff.enable(model, "query-skip", strict=True)
+
+
+def test_compiled_calls_that_are_not_counted_are_told(wan):
+    wan.enable_fastdiff("query-skip", min_tokens=1)
+    assert "nothing has run yet" in repr(wan.fastdiff)
+    wan.transformer.compile(backend="eager")
+    zoo.call("wan", wan)
+    assert "it ran, and nothing was counted" in repr(wan.fastdiff)
 
 
 # copies

@@ -67,6 +67,9 @@ class QuerySkip(Method):
 
     def attach(self, host: Host) -> Callable[[], None]:
         entry, turn = Entry(), Turn(host.clock, self)
+        if host.pipe is None:
+            host.fallback(self.name, "a bare model has no steps, so every query attends in every "
+                          "call; pass the scheduler, too (docs/seam.md)")
         try:
             for name, part in host.models.items():
                 if part.family.site is not None:
