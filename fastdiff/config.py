@@ -126,7 +126,7 @@ _TYPES: dict[Any, tuple[str, Any]] = {
     float: ("a number", lambda value: _counts(value, Real) and value == value),
     str: ("a word", lambda value: isinstance(value, (str, PathLike))),
     types.NoneType: ("None", lambda value: value is None),
-    tuple: ("a tuple of whole numbers", lambda value: isinstance(value, (tuple, list))),
+    tuple: ("a tuple of numbers", lambda value: isinstance(value, (tuple, list))),
 }
 
 
@@ -143,7 +143,8 @@ def _check_type(knob: str, value: Any, hint: Any) -> None:
         fits = any(_TYPES[member][1](value) for member in members)
         # every whole number is a number
         said = [member for member in members if member is not int or float not in members]
-        check(fits, knob, value, " or ".join(_TYPES[member][0] for member in said))
+        words = dict.fromkeys(_TYPES[member][0] for member in said)
+        check(fits, knob, value, " or ".join(words))
 
 
 def to_plan(given: Sequence[Method]) -> dict[str, Any]:

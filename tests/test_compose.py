@@ -147,12 +147,14 @@ def test_examples_of_the_pages_run():
     ("tail", "false", "True or False"), ("min_tokens", "many", "a whole number or None"),
     ("dense_layers", 2.5, "a whole number"), ("dense_layers", None, "a whole number"),
     ("dense_steps", True, "a number"), ("seed", [1], "a whole number"),
-    ("tile", 4, "a tuple of whole numbers or None"), ("select_by", None, "a word"),
+    ("tile", 4, "a tuple of numbers or None"), ("select_by", None, "a word"),
+    ("window", 3, "a tuple of numbers or None"),
 ])
 def test_a_value_of_another_type_is_named(knob, value, accepted):
     said = f"{knob}={value!r} is not possible: accepted is {accepted}"
+    method = "neighborhood" if knob == "window" else "tile-sparse"
     with pytest.raises(ValueError) as error:
-        make_methods(["tile-sparse"], {knob: value})
+        make_methods([method], {knob: value})
     assert str(error.value) == said
 
 
