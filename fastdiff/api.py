@@ -93,8 +93,11 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
         for model, _ in models.values():
             before_forward(model, handle._watch_scheduler)
     if session.chosen is not None:
-        handle._denoisers += [Denoiser(model, family.read, family.site, family.skip, session)
-                              for model, family in models.values()]
+        several = len(models) > 1
+        handle._denoisers += [
+            Denoiser(model, family.read, family.site, family.skip, session,
+                     f"{name}." if several else "")
+            for name, (model, family) in models.items()]
         session.clock.on_begin(handle._arm)
         unsupported = [name for d in handle._denoisers for name in d.unsupported]
         if session.strict and unsupported:

@@ -231,13 +231,15 @@ class Denoiser:
     read: (module, arguments by name) -> TokenLayout, or (TokenLayout, ids) where only position ids
         know the grid. site: class name of the submodule whose input shows the grid, None for the
         model itself. skip: parts of module names whose attention is not over the latent grid.
+        prefix: of the names of its layers, where there are several models.
     """
 
     def __init__(
         self, model: nn.Module, read: Callable[..., Any], site: str | None, skip: tuple[str, ...],
-        session: Session,
+        session: Session, prefix: str = "",
     ) -> None:
         self.model = ref(model)
+        self._prefix = prefix
         self.session = session
         self.layout: TokenLayout | None = None
         self.ids: Tensor | None = None
@@ -263,7 +265,7 @@ class Denoiser:
             if any(part in name for part in self._skip):
                 continue
             if not swap_class(module.processor, STAND_INS):
-                self.unsupported.append(f"{name} ({type(module.processor).__name__})")
+                self.unsupported.append(f"{self._prefix}{name} ({type(module.processor).__name__})")
                 continue
             if getattr(module, LAYER, None) is None:
                 self._arm_module(name, module)
@@ -292,7 +294,7 @@ class Denoiser:
         _hook(module, before_forward)
 
     def _arm_module(self, name: str, module: nn.Module) -> None:
-        layer = Layer(name, self, self.session)
+        layer = Layer(self._prefix + name, self, self.session)
         self.layers.append(layer)
         object.__setattr__(module, LAYER, layer)
 

@@ -154,6 +154,23 @@ def test_layers_of_a_unet_can_be_told_apart():
     assert len({*names}) == 7 and all(f"{name} " in repr(pipe.fastdiff) for name in names)
 
 
+def test_layers_of_two_experts_can_be_told_apart():
+    pipe = zoo.build("wan22")
+    enable(pipe)
+    zoo.call("wan22", pipe)
+    assert {row["layer"] for row in pipe.fastdiff.report.rows()} == {
+        f"{part}.blocks.{i}.attn1" for part in ("transformer", "transformer_2") for i in (0, 1)}
+
+
+def test_a_wrong_argument_is_refused_in_the_pipelines_words(wan):
+    with pytest.raises(TypeError) as stock:
+        zoo.call("wan", wan, stregnth=1)
+    wan.enable_fastdiff("bottleneck", stages="1:2")
+    with pytest.raises(TypeError) as ours:
+        zoo.call("wan", wan, stregnth=1)
+    assert str(ours.value) == str(stock.value) and "__call__()" in str(stock.value)
+
+
 def test_token_methods_notice_a_replaced_scheduler():
     pipe = zoo.build("sd15")
     pipe.enable_fastdiff("at-edm", guard=False, early_steps=2)

@@ -53,7 +53,10 @@ def _subclass(cls: type) -> type:
             around = self.__dict__.get(AROUND)
             if around is None:
                 return cls.__call__(self, *args, **kwargs)
-            bound = signature.bind(self, *args, **kwargs)
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError:
+                return cls.__call__(self, *args, **kwargs)  # which raises in stock's words
             bound.apply_defaults()
             with around(self, bound.arguments):
                 return cls.__call__(*bound.args, **bound.kwargs)
