@@ -1,14 +1,39 @@
 """TokenLayout: which tokens are the latent grid, which are text, and tiles of that grid."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
+
 Grid = tuple[int, int, int]
+T = TypeVar("T")
+
+
+def remembered(most: int) -> "Callable[[Callable[..., T]], _lru_cache_wrapper[T]]":
+    """`lru_cache` for what holds tensors: made outside inference mode, which else would forbid
+    training with them later."""
+    def wrap(make: Callable[..., T]) -> "_lru_cache_wrapper[T]":
+        found = lru_cache(maxsize=most)(torch.inference_mode(False)(make))
+        _remembered.append(found)
+        return found
+
+    return wrap
+
+
+def forget() -> None:
+    """Make everything `remembered` anew from now on."""
+    for found in _remembered:
+        found.cache_clear()
+
+
+_remembered: "list[_lru_cache_wrapper[Any]]" = []
 
 
 class TokenLayout(NamedTuple):
@@ -82,7 +107,7 @@ def auto_tile(grid: Grid, tokens_per_tile: int) -> Grid:
     return (even[0], even[1], even[2])
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def even_blocks(layout: TokenLayout, block: int, lead: int, device: torch.device) -> Tiling:
     """Cut `layout` into blocks of `block` tokens, box-like in space-time; only the last is short.
 
@@ -133,7 +158,7 @@ def _halved(place: Tensor, tokens: Tensor, block: int) -> list[Tensor]:
     return _halved(place, ordered[:cut], block) + _halved(place, ordered[cut:], block)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def tiling(layout: TokenLayout, tile: Grid, lead: int, device: torch.device) -> Tiling:
     """Cut `layout` into tiles.
 

@@ -13,7 +13,7 @@ import zoo
 from torch._dynamo.utils import counters
 
 import fastdiff
-from fastdiff import gradients
+from fastdiff import gradients, layout, policies
 from fastdiff.attention import DenseFallbackError
 from fastdiff.policies.base import Attended
 from fastdiff.report import RECENT, LayerReport
@@ -210,3 +210,17 @@ def test_a_compiled_forward_without_backward_leaves_nothing(backend, monkeypatch
     del out
     gc.collect()
     assert all(ref() is None for ref in alive)
+
+
+# sparse-vdit wants a plan, and its patterns are remembered in the same way as those of bands
+@pytest.mark.parametrize("name", sorted(policies.methods().keys() - {"sparse-vdit"}))
+def test_training_after_inference_mode(name):
+    """What a call in inference mode leaves behind for later calls must not keep them from it."""
+    layout.forget()
+    model = zoo.wan_transformer()
+    handle = fastdiff.enable(model, name, **zoo.small_options("wan"))
+    with torch.inference_mode():
+        model(**inputs())
+    out, grads = learn(model)
+    assert out.isfinite().all() and grads
+    assert handle.report.summary()["sparse_calls"] == 4

@@ -1,14 +1,13 @@
 """Bands: a head sees near frames, or the same pixels in all frames, whichever suits it."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
-from fastdiff.layout import Tiling
+from fastdiff.layout import Tiling, remembered
 from fastdiff.method import check
 from fastdiff.policies.base import Context
 from fastdiff.policies.modes import ListedMask
@@ -78,7 +77,7 @@ def band_keep(spans: Spans, band: str, width: float | None, density: float) -> T
     return spans.nearest(distance + spans.order_middle(*order), density)
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _patterns(cut: Cut, width: float | None, density: float) -> tuple[Pattern, Pattern]:
     spans, tiles = spans_of(cut), cut_tiles(cut)
     keeps = [band_keep(spans, band, width, density).to(cut.device) for band in BANDS]

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile
+from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, remembered
 from fastdiff.policies.partition import axis_product, blocks_of
 from fastdiff.policies.static import Pattern, pattern
 
@@ -45,7 +44,7 @@ class Chunks:
         return slice(self.layout.before, self.layout.before + self.layout.grid_tokens)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def chunks_of(
     layout: TokenLayout, box: Box, tile: Grid | None, size: int, device: torch.device
 ) -> Chunks:

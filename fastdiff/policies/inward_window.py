@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention
 from fastdiff.kernels.token_permute import permute_tokens
 from fastdiff.kernels.window_attention import chosen, window_attention
-from fastdiff.layout import Grid, TokenLayout
+from fastdiff.layout import Grid, TokenLayout, remembered
 from fastdiff.policies.base import Terms
 from fastdiff.policies.gathered import Gather, gathered_attention
 from fastdiff.policies.partition import axis_product, blocks_of
@@ -78,7 +77,7 @@ class WindowPlan(NamedTuple):
         return self.density == 1.0
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def window_plan(
     grid: Grid, window: Sides, slide: str, block: int, device: torch.device
 ) -> WindowPlan:

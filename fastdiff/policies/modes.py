@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastdiff.blockmask import ListedMask
-from fastdiff.layout import Grid, TokenLayout, tiling
+from fastdiff.layout import Grid, TokenLayout, remembered, tiling
 
 FULL, SKIP, DIAGONAL, MULTI, STRIPES = MODES = "fsdmv"
 
@@ -58,6 +58,7 @@ class Patterns:
         return keep
 
     @cached_property
+    @torch.inference_mode(False)
     def even(self) -> Tensor:
         """Evenly spaced blocks of the grid, as many as fit into the width; bool [N]."""
         grid = (~self.always).nonzero()[:, 0]
@@ -68,7 +69,7 @@ class Patterns:
         return keep
 
 
-@lru_cache(maxsize=8)
+@remembered(8)
 def patterns(
     layout: TokenLayout, tile: Grid, sink: int, width: float, device: torch.device
 ) -> Patterns:
@@ -136,14 +137,14 @@ def mode_mask(
     )
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _numbers(modes: str, device: torch.device) -> Tensor:
     # a head with stripes starts as skipped and is then filled in
     found = [MODES.index(SKIP if mode == STRIPES else mode) for mode in modes]
     return torch.tensor(found, device=device)
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def from_bits(bits: str, blocks: int, device: torch.device) -> Tensor:
     """A set of blocks, bool [N], from the hexadecimal number of a plan."""
     number = int(bits, 16)

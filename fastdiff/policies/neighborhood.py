@@ -3,7 +3,6 @@
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastdiff.blockmask import BlockMask
 from fastdiff.kernels.window_attention import Window, window_attention
 from fastdiff.kernels.window_attention import chosen as chosen_kernel
-from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile
+from fastdiff.layout import Grid, Tiling, TokenLayout, auto_tile, remembered
 from fastdiff.method import check
 from fastdiff.policies.base import Attended, Context, Policy, Terms
 from fastdiff.policies.gathered import Gather, gathered_attention
@@ -202,7 +201,7 @@ class Plan:
     density: Tensor
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _plan(
     policy: Neighborhood, layout: TokenLayout, tile: Grid, lead: int, layer: int,
     device: torch.device,

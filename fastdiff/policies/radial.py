@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastdiff.blockmask import BlockMask
-from fastdiff.layout import Tiling
+from fastdiff.layout import Tiling, remembered
 from fastdiff.method import check
 from fastdiff.policies.base import Context
 from fastdiff.policies.spans import Cut, Spans, Strips, cut_tiles, spans_of
@@ -78,7 +77,7 @@ def _halvings(distance: Tensor) -> Tensor:
     return 1 << distance.clamp_min(1).double().log2().floor().long()
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _pattern(cut: Cut, width: float | None, density: float) -> Pattern:
     keep = radial_keep(spans_of(cut), width, density)
     return pattern(keep.to(cut.device), cut_tiles(cut))

@@ -1,12 +1,12 @@
 """The order in which a GPU begins the rows of a selection: those that would end late come first."""
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastdiff.kernels.block_sparse_attention import late_first
-from fastdiff.layout import Tiling
+from fastdiff.layout import Tiling, remembered
 
 
 def row_order(counts: Tensor, tiles: Tiling, density: float, uneven: bool) -> Tensor | None:
@@ -28,7 +28,7 @@ def row_order(counts: Tensor, tiles: Tiling, density: float, uneven: bool) -> Te
                       workers, counts.device)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _with_text(
     heads: int, blocks: int, text: tuple[int, ...], kept: int, workers: int, device: torch.device
 ) -> Tensor:

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.layout import Grid, Tiling, TokenLayout
+from fastdiff.layout import Grid, Tiling, TokenLayout, remembered
 from fastdiff.policies.base import Context, Policy
 from fastdiff.policies.partition import axis_product, block_size, blocks_of
 
@@ -89,7 +88,7 @@ def leading_frames(sink: int | None, layout: TokenLayout, density: float) -> int
     return min(int(frames * density >= 4) if sink is None else sink, frames)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def cut_tiles(cut: Cut) -> Tiling:
     """The tiling of `spans_of`, on the device."""
     tiles = spans_of(cut).tiles
@@ -119,7 +118,7 @@ class Strips(Policy):
         return cut_tiles(self.cut(layout, query))
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def spans_of(cut: Cut) -> Spans:
     """The grid cut into tiles, the leading frames into tiles of one frame."""
     layout, tile, lead = cut.layout, cut.tile, cut.lead
