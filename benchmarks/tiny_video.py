@@ -159,7 +159,9 @@ def forward_times(pipe: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         shape = (1, model.config.in_channels, latent_frames, edge, edge)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         latents = latents.to(args.device, model.dtype)
-        text = torch.randn(1, args.text_tokens, model.config.text_dim).to(args.device, model.dtype)
+        text = torch.randn((1, args.text_tokens, model.config.text_dim),
+                           generator=torch.Generator().manual_seed(1))
+        text = text.to(args.device, model.dtype)
         timestep = torch.tensor([500], device=args.device)
         seconds: dict[str, list[float]] = {}
         errors: dict[str, float] = {}
