@@ -188,14 +188,16 @@ class MethodPanel:
 
         def by_pick(*picks: Any) -> dict[Any, Any]:
             on = set(_names(picks))
-            return {home: gr.Accordion(visible=name in on) for name, home in self._homes.items()}
+            # what is chosen by hand is no preset any more
+            homes = {home: gr.Accordion(visible=name in on) for name, home in self._homes.items()}
+            return {**homes, self.preset: gr.Radio(value=None if on else STOCK)}
 
         self.preset.input(by_preset, [self.preset], self.outputs, show_progress="hidden",
                           api_visibility="private")
         picks = list(self._picks.values())
         for pick in picks:
-            pick.input(by_pick, picks, list(self._homes.values()), show_progress="hidden",
-                       api_visibility="private")
+            pick.input(by_pick, picks, [self.preset, *self._homes.values()],
+                       show_progress="hidden", api_visibility="private")
 
 
 def _pick(kind: str, names: list[str], on: list[str]) -> Any:

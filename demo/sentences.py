@@ -16,5 +16,5 @@ def sentence(error: BaseException) -> tuple[str, bool]:
     if code == errors.UNEXPECTED:
         kind = type(error).__name__
         return f"something unexpected went wrong ({kind}); the server's log has the rest", False
-    # the command line's options are fields here
-    return re.sub(r"(?<!\w)--(?=\w)", "", text), True
+    # the command line's options are fields here, but a command in backticks is to be typed
+    return re.sub(r"(`[^`]*`)|(?<!\w)--(?=\w)", lambda found: found[1] or "", text), True

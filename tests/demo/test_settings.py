@@ -11,6 +11,7 @@ from fastdiff.config import PRESETS, make_methods, methods, to_plan
 from fastdiff.demo.generate_tab import at_any_size
 from fastdiff.demo.limits import Limits
 from fastdiff.demo.method_panel import about, knobs, plan_of
+from fastdiff.demo.sentences import sentence
 from fastdiff.demo.wish import Wish, of_link, of_record, to_link, whole
 from fastdiff.models import Defaults
 
@@ -135,3 +136,9 @@ def test_any_size_lifts_the_break_even_alone(preset):
     kept = at_any_size(own, "image")
     assert kept is not None and kept["methods"][0]["min_tokens"] == 64
     assert at_any_size(None, "image") is None
+
+
+def test_a_sentence_keeps_the_commands_in_it():
+    error = InputError("leave --size out, or run `fastdiff calibrate --method tile-sparse`")
+    assert sentence(error) == (
+        "leave size out, or run `fastdiff calibrate --method tile-sparse`", True)
