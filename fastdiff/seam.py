@@ -181,11 +181,7 @@ def _hook(module: nn.Module, function: Callable[..., None]) -> None:
 def before_forward(model: nn.Module, act: Callable[[], None]) -> None:
     """Call `act` before each forward of `model` that is not compiled, until it is disarmed."""
 
-    def call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            act()
-
-    _hook(model, call)
+    _hook(model, lambda *_: None if torch.compiler.is_compiling() else act())
 
 
 def disarm(model: nn.Module) -> None:
@@ -231,7 +227,7 @@ class Denoiser:
     read: (module, arguments by name) -> TokenLayout, or (TokenLayout, ids) where only position ids
         know the grid. site: class name of the submodule whose input shows the grid, None for the
         model itself. skip: parts of module names whose attention is not over the latent grid.
-        prefix: of the names of its layers, where there are several models.
+        prefix: of layer names, where there are several models.
     """
 
     def __init__(
