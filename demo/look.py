@@ -76,6 +76,20 @@ footer { display: none !important }
 HEAD = """
 <script>
 (() => {
+  // on a phone the panel of methods lies over the whole page, so it begins closed there
+  const watch = new MutationObserver(() => {
+    const button = document.querySelector('.sidebar.open .toggle-button');
+    if (!button) return;
+    watch.disconnect();
+    // until it stays closed: it opens itself once more while the page is built
+    const close = left => {
+      const open = document.querySelector('.sidebar.open');
+      if (open) button.click();
+      if (left) setTimeout(close, 150, open ? left - 1 : 0);
+    };
+    if (innerWidth < 768) setTimeout(close, 150, 20);
+  });
+  watch.observe(document, {childList: true, subtree: true, attributes: true});
   const clips = bar => {
     const all = bar.closest('.fd-clips').querySelectorAll('video');
     return [...all].filter(v => v.src && v.offsetParent !== null);

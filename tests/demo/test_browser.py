@@ -91,6 +91,21 @@ def test_a_picture_stock_beside_fast(page, tmp_path):
     assert inside["plan"]["methods"][0]["tile"] == [1, 1, 2]
 
 
+def test_on_a_phone_the_page_is_not_covered(browser, address):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True,
+                                  has_touch=True)
+    page = context.new_page()
+    page.set_default_timeout(WAIT)
+    page.goto(address)
+    page.wait_for_selector(".sidebar:not(.open)", state="attached")
+    page.locator("#image-prompt textarea").tap(timeout=10_000)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.locator(".sidebar .toggle-button").tap()
+    page.wait_for_selector(".sidebar.open")
+    page.locator("#preset").get_by_label("turbo").check(timeout=10_000)
+    context.close()
+
+
 def test_a_clip_plays_both_together(page):
     generate(page, "video")
     done(page, "video")
@@ -128,6 +143,20 @@ def test_bad_input_is_a_sentence_and_the_next_works(page):
     number(page, "image-height", 32)
     page.click("#image-go")
     done(page, "image")
+
+
+def test_a_method_chosen_by_hand_is_no_preset(page):
+    attention, preset = page.locator("#pick-attention"), page.locator("#preset")
+    assert preset.get_by_label("balanced").is_checked()
+    attention.get_by_label("vmoba").check()
+    page.wait_for_selector("#method-vmoba", state="visible")
+    page.wait_for_function("() => !document.querySelector('#preset input:checked')")
+    attention.get_by_label("none").check()
+    page.wait_for_function("() => document.querySelector('#preset input:checked')")
+    assert preset.get_by_label("stock").is_checked()
+    preset.get_by_label("turbo").check()
+    page.wait_for_function("() => document.querySelector('#pick-attention input:checked').value "
+                           "=== 'tile-sparse'")
 
 
 def test_masks_follow_the_mouse_and_the_choices(page):
