@@ -54,7 +54,15 @@ def share(error: float, allowed: float) -> float:
 
 
 def write(path: Path, benchmark: str, device: str, settings: dict, rows: list[dict]) -> None:
-    """Atomically write one result file."""
+    """Atomically write one result file.
+
+    Where settings["model"] is a shipped model, its hash goes in, so that a later version shows.
+    """
+    from fastdiff import models
+
+    model = settings.get("model")
+    if isinstance(model, str) and model in models.shipped():
+        settings = {**settings, "sha256": models.find(model).sha256}
     content = {"benchmark": benchmark, "created": datetime.now(UTC).isoformat(timespec="seconds"),
                "device": machine(device), "versions": versions(), "settings": settings,
                "rows": rows}

@@ -79,6 +79,14 @@ def test_a_spread_is_the_median_and_the_fifths_beside_it():
     assert record.spread([2.0]) == {"seconds": 2.0, "p20": 2.0, "p80": 2.0, "repeats": 1}
 
 
+def test_a_result_names_the_weights_it_was_measured_on(tmp_path):
+    from fastdiff import models
+
+    for name, known in (("tiny-unet", {"sha256": models.find("tiny-unet").sha256}), ("else", {})):
+        record.write(tmp_path / "a.json", "a", "cpu", {"model": name}, [])
+        assert json.loads((tmp_path / "a.json").read_text())["settings"] == {"model": name, **known}
+
+
 def test_prompts_are_thirty_two_and_none_is_used_in_a_search():
     from fastdiff.calibration.prompts import DEFAULT
 
