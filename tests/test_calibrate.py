@@ -389,7 +389,9 @@ def test_a_stopped_search_goes_on_and_finds_the_same(wan, tmp_path, base):
 
 
 def test_parts_of_other_settings_are_refused(wan, tmp_path):
-    Work(tmp_path, {"steps": 4, "seed": 0})
+    Work(tmp_path, {"steps": 3, "seed": 0})
+    # nothing was made with those settings, so they bind nobody
+    Work(tmp_path, {"steps": 4, "seed": 0}).part("first", lambda: 1)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         Work(tmp_path, {"steps": 4, "seed": 1})
 

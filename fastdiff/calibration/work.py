@@ -29,7 +29,8 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         now = json.loads(json.dumps(self.settings))
-        if not path.is_file():
+        # a search that ended before its first part binds nobody
+        if not path.is_file() or not any(self.folder.glob("*.pt")):
             _atomic(path, lambda part: part.write_text(json.dumps(now)))
             return
         then = json.loads(path.read_text())
