@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -17,10 +17,16 @@ T = TypeVar("T")
 
 
 def remembered(most: int) -> "Callable[[Callable[..., T]], _lru_cache_wrapper[T]]":
-    """`lru_cache` for what holds tensors: made outside inference mode, which else would forbid
-    training with them later."""
+    """`lru_cache` for what holds tensors, made the same whatever the caller has set: outside
+    inference mode, which else would forbid training with them later, and on the CPU where no
+    device is named."""
     def wrap(make: Callable[..., T]) -> "_lru_cache_wrapper[T]":
-        found = lru_cache(maxsize=most)(torch.inference_mode(False)(make))
+        @lru_cache(maxsize=most)
+        @wraps(make)
+        def found(*args: Any, **kwargs: Any) -> T:
+            with torch.inference_mode(False), torch.device("cpu"):
+                return make(*args, **kwargs)
+
         _remembered.append(found)
         return found
 

@@ -117,7 +117,8 @@ class MassProbe(Policy):
         layout, tokens = context.layout, query.shape[1]
         tile = self.base.tile_of(layout, query.is_cuda)
         tiles = tiling(TokenLayout(layout.grid), tile, 0, query.device)
-        rows = torch.linspace(0, tokens - 1, min(ROWS, tokens), device=query.device)
+        rows = torch.linspace(0, tokens - 1, min(ROWS, tokens), dtype=torch.float64,
+                              device=query.device)
         # other rows in each step, the same in a repeated search
         rows = (rows.long() + 7 * (context.clock.step or 0)) % tokens
         q, k = query[:, rows].transpose(1, 2).float(), key.transpose(1, 2).float()

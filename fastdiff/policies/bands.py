@@ -89,7 +89,8 @@ def _patterns(cut: Cut, width: float | None, density: float) -> tuple[Pattern, P
 def _held(query: Tensor, key: Tensor, tiles: Tiling, band: Pattern, samples: int) -> Tensor:
     """Share of the attention of `samples` even queries that a band keeps, float32 [B, H]."""
     batch, tokens, heads, width = query.shape
-    place = torch.linspace(0, tokens - 1, min(samples, tokens), device=query.device).round().long()
+    place = torch.linspace(0, tokens - 1, min(samples, tokens), dtype=torch.float64,
+                           device=query.device).round().long()
     of_token = torch.searchsorted(
         tiles.offsets[1:].contiguous(), torch.arange(tokens, device=query.device), right=True)
     seen = band.keep[of_token[place]][:, of_token]

@@ -223,10 +223,11 @@ def gathered_window(
     query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, scale: float | None = None,
 ) -> Tensor:
     """The same in plain torch: the keys of a tile are gathered, and masked inside it."""
-    frames = torch.arange(plan.layout.grid[0])
-    time = Axis(frames, torch.zeros_like(frames), torch.full_like(frames, len(frames)))
-    axes = [cut_tiles(axis, most).to(query.device)
-            for axis, most in zip((time, *plan.axes), plan.tile, strict=True)]
+    with torch.device("cpu"):
+        frames = torch.arange(plan.layout.grid[0])
+        time = Axis(frames, torch.zeros_like(frames), torch.full_like(frames, len(frames)))
+        axes = [cut_tiles(axis, most).to(query.device)
+                for axis, most in zip((time, *plan.axes), plan.tile, strict=True)]
     none = torch.empty(0, dtype=torch.int64, device=query.device)
     gather = Gather(plan.layout, (axes[0], axes[1], axes[2]), none, 0)
     return gathered_attention(query, key, value, gather, Terms(scale=scale))

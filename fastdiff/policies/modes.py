@@ -63,7 +63,8 @@ class Patterns:
         """Evenly spaced blocks of the grid, as many as fit into the width; bool [N]."""
         grid = (~self.always).nonzero()[:, 0]
         count = int(self.stripes(grid).sum())
-        place = (torch.arange(count, device=grid.device) + 0.5) * grid.numel() / max(1, count)
+        place = (torch.arange(count, device=grid.device).double() + 0.5)
+        place = place * grid.numel() / max(1, count)
         keep = torch.zeros_like(self.text)
         keep[grid[place.long()]] = True
         return keep

@@ -28,9 +28,10 @@ class RandomBlocks(Policy):
     def select(
         self, query: Tensor, key: Tensor, tiles: Tiling, context: Context
     ) -> BlockMask | None:
-        generator = torch.Generator().manual_seed(context.seed)
+        generator = torch.Generator("cpu").manual_seed(context.seed)
         heads = query.shape[2]
-        scores = torch.rand(1, heads, tiles.blocks, tiles.blocks, generator=generator)
+        scores = torch.rand(1, heads, tiles.blocks, tiles.blocks, generator=generator,
+                            dtype=torch.float32, device="cpu")
         scores = scores.to(query.device)
         keep = keep_tiles(scores, tiles, "threshold", self.density, None, None)
         keep = keep.expand(query.shape[0], -1, -1, -1)

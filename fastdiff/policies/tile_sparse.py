@@ -101,7 +101,8 @@ def tile_mass(query: Tensor, key_mean: Tensor, tiles: Tiling, probes: int) -> Te
     queries of each tile against mean keys.
     """
     heads, blocks = query.shape[2], tiles.blocks
-    place = torch.linspace(0, 1, probes, device=query.device) if probes > 1 else 0.5
+    full = {"dtype": torch.float32, "device": query.device}
+    place = torch.linspace(0, 1, probes, **full) if probes > 1 else 0.5
     pick = tiles.offsets[:-1, None] + ((tiles.lengths[:, None] - 1) * place).round()
     q = query.index_select(1, pick.flatten().long()).transpose(1, 2).float()
     k = key_mean.float()

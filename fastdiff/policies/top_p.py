@@ -106,7 +106,7 @@ def _share(mass: Tensor, held: Tensor, must: Tensor, tiles: Tiling, density: flo
     # text rows are dense whatever the share: the others make up for them
     text = part @ tiles.dense_rows.float()
     wanted = (density - text) / (1 - text).clamp_min(1e-6)
-    latent = torch.linspace(0, 1, SAMPLE, device=mass.device)
+    latent = torch.linspace(0, 1, SAMPLE, dtype=torch.float32, device=mass.device)
     first = tiles.dense_rows.to(torch.int32).argmin()
     last = tiles.blocks - 1 - tiles.dense_rows.flip(0).to(torch.int32).argmin()
     rows = (first + latent * (last - first)).round().long()

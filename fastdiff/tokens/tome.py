@@ -233,10 +233,11 @@ def _(states, order, lengths):
 def destinations(height: int, width: int, seed: int | None) -> Tensor:
     """One token of every whole 2 x 2 cell, ascending int64 [1, cells]; None takes the first."""
     rows_of, columns = height // 2, width // 2
-    y, x = torch.meshgrid(torch.arange(rows_of) * 2, torch.arange(columns) * 2, indexing="ij")
+    y, x = torch.meshgrid(torch.arange(rows_of, device="cpu") * 2,
+                          torch.arange(columns, device="cpu") * 2, indexing="ij")
     if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        pick = torch.randint(4, (rows_of, columns), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        pick = torch.randint(4, (rows_of, columns), generator=generator, device="cpu")
         y, x = y + pick // 2, x + pick % 2
     count = math.prod((rows_of, columns))
     return (y * width + x).flatten().sort().values.view(1, count)

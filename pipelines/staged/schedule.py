@@ -67,7 +67,7 @@ def write(scheduler: Any, span: Span, arguments: dict[str, Any], tokens: int | N
     if own.get("num_inference_steps") is not None:
         own["num_inference_steps"] = steps
     if own.get("sigmas") is not None:
-        own["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
+        own["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
     if mu is not None:
         own["mu"] = mu
     scheduler.set_timesteps(**own)

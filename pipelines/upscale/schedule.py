@@ -58,7 +58,7 @@ def write(
     if own.get("num_inference_steps") is not None:
         own["num_inference_steps"] = steps
     if own.get("sigmas") is not None:
-        own["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
+        own["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
     if own.get("mu") is not None:
         config = scheduler.config
         linear = config.get("time_shift_type", "exponential") == "linear"
