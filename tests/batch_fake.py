@@ -21,8 +21,6 @@ from fastdiff.cli import output  # noqa: E402
 from fastdiff.cli.sampling import OnStep  # noqa: E402
 from fastdiff.cli.sidecar import Settings  # noqa: E402
 
-LEASE = 3.0
-
 
 def task(number: int, group: str = "a", prompt: str | None = None) -> Task:
     """A task with a name of its own."""
@@ -39,7 +37,8 @@ def task(number: int, group: str = "a", prompt: str | None = None) -> Task:
 class FakeMaker:
     """Sleeps in place of denoising. log: a file that gets a line for everything it does.
 
-    errors: what to raise for a prompt. most: more in one call are out of memory.
+    errors: what to raise for a prompt. most: more in one call are out of memory. bound: a file with
+    a number; a call waits while so many results are written.
     """
 
     log: Path
@@ -48,12 +47,15 @@ class FakeMaker:
     write_errors: dict[str, BaseException] = field(default_factory=dict)
     most: int = 1000
     recovered: int = 0
+    bound: Path | None = None
 
     def check(self, tasks: Sequence[Task]) -> None:
         return
 
     def make(self, tasks: Sequence[Task], on_step: OnStep) -> list[Made | Exception]:
         self._say("make", [one.id for one in tasks])
+        while self.bound and len(logged(self.log, "wrote")) >= int(self.bound.read_text()):
+            time.sleep(0.01)
         for step in range(2):
             time.sleep(self.seconds / 2)
             on_step(step + 1, 2)
@@ -97,8 +99,8 @@ def logged(log: Path, what: str) -> list[tuple[list[str], int]]:
 def main() -> None:
     out, tasks, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
     several = [Task.from_dict(one) for one in json.loads(tasks.read_text())]
-    maker = FakeMaker(out.parent / "log", seconds)
-    api.run_tasks(several, Folder(out), api.Options(lease=LEASE), api.Hooks(maker=maker))
+    maker = FakeMaker(out.parent / "log", seconds, bound=out.parent / "bound")
+    api.run_tasks(several, Folder(out), api.Options(), api.Hooks(maker=maker))
 
 
 if __name__ == "__main__":

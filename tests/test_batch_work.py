@@ -21,6 +21,7 @@ from fastdiff.batch.sizer import Sizer
 from fastdiff.batch.worker import MOST_DEATHS, DeviceLost, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = 300  # seconds; only a hang takes them
 
 
 class Run:
@@ -42,6 +43,12 @@ class Run:
             path.write_text(json.dumps([one.to_dict() for one in tasks]))
         words = [sys.executable, str(ROOT / "tests/batch_fake.py"), self.out, path, seconds]
         return subprocess.Popen([str(word) for word in words])
+
+    def go_on_to(self, results: int) -> None:
+        """Worker processes begin no call once so many results are written."""
+        part = self.home / "part"
+        part.write_text(str(results))
+        os.replace(part, self.home / "bound")
 
     def calls(self) -> list[list[str]]:
         return [ids for ids, _ in logged(self.log, "make")]
@@ -313,27 +320,37 @@ def test_a_dead_workers_claim_passes_on_once(tmp_path):
 
 def test_a_worker_of_another_host_is_judged_by_its_heartbeat(tmp_path):
     """Its process cannot be seen, and its clock is not ours."""
-    far = Claims(tmp_path, lease=0.6)
+    now = 1000.0
+    far, near = Claims(tmp_path), Claims(tmp_path, lease=60.0, clock=lambda: now)
     held = far.take("x")
     assert held is not None
+    # its heart beats by hand here
+    far._stop.set()
+    far._heart.join()
     # the claim is a link to the badge: both say that the host is another one
     content = json.loads(far.badge.read_text())
     far.badge.write_text(json.dumps({**content, "host": "elsewhere"}))
-    os.utime(far.badge, (0, 0))
-    near = Claims(tmp_path, lease=0.6)
-    begin = time.monotonic()
-    while time.monotonic() - begin < 1.2:
+    for beat in (5, 7, 6):
+        os.utime(far.badge, (beat, beat))
         assert near.take("x") is None
-        time.sleep(0.1)
+        now += 59.9
+        assert near.take("x") is None
     # it beats no longer, like a machine without power
-    far._stop.set()
-    far._heart.join()
-    begin = time.monotonic()
-    while (claim := near.take("x")) is None:
-        time.sleep(0.02)
-    assert 0.3 < time.monotonic() - begin < 3 and claim.deaths == 1
-    assert not far.held(held)
+    now += 0.2
+    claim = near.take("x")
+    assert claim is not None and claim.deaths == 1 and not far.held(held)
     near.close()
+
+
+def test_a_heart_beats_by_itself_and_writes_a_lost_badge_anew(tmp_path):
+    worker, beats = Claims(tmp_path, lease=0.06), []
+    worker.on_beat.append(lambda: beats.append(1))
+    os.utime(worker.badge, (0, 0))
+    _until(lambda: worker.badge.stat().st_mtime > 0 and beats)
+    worker.badge.unlink()
+    _until(worker.badge.exists)
+    worker.close()
+    assert not worker.badge.exists()
 
 
 def test_a_folder_without_hard_links(tmp_path, monkeypatch):
@@ -355,11 +372,13 @@ def test_a_folder_without_hard_links(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_work_and_survive_a_kill(run, count):
     tasks = [task(i, group=str(i % 3)) for i in range(40)]
-    workers = [run.start(tasks, seconds=0.1) for _ in range(count)]
-    _until(lambda: len(run.written()) > 5 and len({pid for _, pid in logged(run.log, "make")})
-           == count)
+    run.go_on_to(6)
+    workers = [run.start(tasks) for _ in range(count)]
+    _until(lambda: len(run.written()) >= 6
+           and len({pid for _, pid in logged(run.log, "make")}) == count)
     workers[0].send_signal(signal.SIGKILL)
-    assert [worker.wait(60) for worker in workers] == [-signal.SIGKILL, *[0] * (count - 1)]
+    run.go_on_to(len(tasks))
+    assert [worker.wait(LONG) for worker in workers] == [-signal.SIGKILL, *[0] * (count - 1)]
     run.whole(tasks)
     _exactly_once(run, tasks, kills=1)
 
@@ -368,25 +387,28 @@ def test_random_kills_lose_nothing(run):
     """Set FASTDIFF_KILLS=50 for the long run."""
     kills, seed = int(os.environ.get("FASTDIFF_KILLS", "8")), 7
     chance = random.Random(seed)
-    tasks = [task(i, group=str(i % 4)) for i in range(12 * kills)]
+    tasks = [task(i, group=str(i % 4)) for i in range(24 * kills)]
+    run.go_on_to(0)
     workers = [run.start(tasks, seconds=0.03) for _ in range(4)]
     for _ in range(kills):
         written = len(run.written())
-        # at any moment, but not before somebody could work
+        # at any moment, but not before somebody could work, and not after all is made
+        run.go_on_to(written + 4)
         _until(lambda written=written: len(run.written()) > written)
         time.sleep(chance.uniform(0, 0.1))
         victim = chance.randrange(len(workers))
         workers[victim].kill()
         workers[victim].wait()
         workers[victim] = run.start(tasks, seconds=0.03)
-    assert [worker.wait(120) for worker in workers] == [0] * 4
+    run.go_on_to(len(tasks))
+    assert [worker.wait(LONG) for worker in workers] == [0] * 4
     run.work(tasks, FakeMaker(run.log))
     run.whole(tasks)
     _exactly_once(run, tasks, kills)
 
 
 def _until(true) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONG
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

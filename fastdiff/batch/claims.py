@@ -38,11 +38,15 @@ class Claim:
 
 @dataclass
 class Claims:
-    """The claims of one worker in `folder`/claims. lease: seconds without a sign of life."""
+    """The claims of one worker in `folder`/claims.
+
+    lease: seconds without a sign of life. clock: seconds, by which others are judged.
+    """
 
     folder: Path
     lease: float = LEASE
     worker: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    clock: Callable[[], float] = time.monotonic
     _seen: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,9 +161,9 @@ class Claims:
             return False
         seen = self._seen.get(worker)
         if seen is None or seen[0] != beat:
-            self._seen[worker] = (beat, time.monotonic())
+            self._seen[worker] = (beat, self.clock())
             return True
-        return time.monotonic() - seen[1] < self.lease
+        return self.clock() - seen[1] < self.lease
 
 
 def process() -> dict[str, Any]:
