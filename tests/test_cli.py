@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import json
 import os
+import pty
+import re
+import resource
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -77,13 +80,19 @@ def python(*words: str | Path, **settings) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"]])
 def test_help_answers_in_under_a_second(words):
-    best = 60.0
+    seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = _seconds_of_children()
         found = python("-m", "fastdiff.cli", *words)
-        best = min(best, time.perf_counter() - begin)
+        seconds.append(_seconds_of_children() - begin)
         assert found.returncode == 0 and "Usage" in found.stdout
-    assert best < 1.0
+    assert 0.0 < min(seconds) < 1.0
+
+
+def _seconds_of_children() -> float:
+    """Of a CPU: what a busy machine does meanwhile does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_help_imports_nothing_heavy():
@@ -178,6 +187,15 @@ def test_many_prompts_fill_a_folder_and_nothing_is_overwritten(wan, tmp_path, mo
     run(*words[:1], "a blue cat", *words[4:], "-o", "out", "--overwrite")
     assert Path("out/a-blue-cat-seed0.png").stat() != before
     assert not Path("out/a-blue-cat-seed0-3.png").exists()
+
+
+@pytest.mark.parametrize("name, read", [("Apple.PNG", Image.open), ("Apple.Mp4", iio.imread)])
+def test_a_name_is_kept_as_it_was_typed(name, read, wan, tmp_path):
+    words = ["generate", "x", "-m", wan, "-o", tmp_path / name, "--method", "stock", "-q"]
+    path = Path(run(*words).stdout.strip())
+    assert path.name == name and read(path) is not None
+    assert sorted(os.listdir(tmp_path)) == [name, f"{name}.json"]
+    assert Path(run(*words).stdout.strip()).name == name.replace(".", "-2.")
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -380,20 +398,31 @@ def test_an_error_that_is_its_own_cause_is_told():
     assert errors.explain(error) == ("No space left on device: 'out'", 2)
 
 
-def test_a_real_interrupt(wan, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name", ["a.mp4", "a.png"])
+def test_a_real_signal(number, code, name, wan, tmp_path):
     # as the installed command does; under `python -m` CPython may end by the signal itself
     words = ["-c", "from fastdiff.cli import main; main()", "generate", "x", "-m", wan,
-             "-o", str(tmp_path / "a.mp4"), "--steps", "900"]
+             "-o", str(tmp_path / name), "--steps", "900"]
     # a shell's background jobs ignore the signal, and so would their children
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=listen)
-    assert process.stderr is not None and "loading" in process.stderr.readline()
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    told = process.stderr.read()
-    assert process.wait(30) == 130 and "Traceback" not in told
-    assert os.listdir(tmp_path) == []
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, *words], stderr=theirs, preexec_fn=listen,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm",
+                                    "COLUMNS": "200"})
+    os.close(theirs)
+    told = ""
+    # the progress bar, which a terminal alone is shown
+    while not re.search(r"steps.*[1-9]\d*/900", told):
+        assert (more := os.read(ours, 4096)), told
+        told += more.decode(errors="replace")
+    process.send_signal(number)
+    with suppress(OSError), open(ours, "rb", closefd=False) as rest:
+        while more := rest.raw.read(4096):
+            told += more.decode(errors="replace")
+    os.close(ours)
+    assert process.wait(120) == code and "Traceback" not in told
+    assert "stopped: no unfinished file is left" in told and os.listdir(tmp_path) == []
 
 
 # writing
@@ -408,8 +437,9 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(output, "_write_png", half)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as raised:
         output.write(path, np.zeros((1, 4, 4, 3)), 8, {})
+    assert errors.explain(raised.value) == (f"No space left on device: {str(tmp_path)!r}", 2)
     assert os.listdir(tmp_path) == ["a.png"] and path.read_text() == "old"
 
 
@@ -431,6 +461,23 @@ def test_a_clip_that_ffmpeg_could_not_end_is_no_result(does, error, told, tmp_pa
     with pytest.raises(error, match=told):
         output.write(path, np.random.rand(9, 64, 64, 3), 8, {})
     assert os.listdir(path.parent) == ["a.mp4"] and path.read_text() == "old"
+
+
+def test_sigterm_while_a_clip_is_written_leaves_no_hidden_file(tmp_path, monkeypatch):
+    fake = tmp_path / "ffmpeg"
+    fake.write_text("#!/bin/sh\nfor PART; do :; done\nhead -c 99 > $PART\nkill -TERM $PPID\n"
+                    "exec sleep 300\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    (tmp_path / "out").mkdir()
+    before = signal.signal(signal.SIGTERM, errors.terminate)
+    try:
+        with pytest.raises(errors.Terminated) as raised:
+            output.write(tmp_path / "out" / "a.mp4", np.random.rand(9, 64, 64, 3), 8, {})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert errors.explain(raised.value) == ("no unfinished file is left", 143)
+    assert os.listdir(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("name", ["night: take 1.mp4", "-y.mp4", "50%d.mp4"])

@@ -1,5 +1,6 @@
 """The command line: `fastdiff generate`, `batch`, `models` ... Heavy imports are lazy."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ class Commands(TyperGroup):
         extra.update(standalone_mode=False, obj={"command_line": words})
         try:
             code = super().main(words, *rest, **extra)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, errors.Terminated) as error:
             if "--traceback" in words:
                 raise
             sys.exit(errors.report(error))
@@ -60,4 +61,5 @@ def _root(
 
 def main() -> None:
     """The `fastdiff` command."""
+    signal.signal(signal.SIGTERM, errors.terminate)
     app(prog_name="fastdiff")

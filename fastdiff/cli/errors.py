@@ -1,9 +1,10 @@
 """The one error style: a line on stderr, and an exit code."""
 
 import difflib
+from types import FrameType
 from typing import Any
 
-BAD_INPUT, UNEXPECTED, STOPPED = 2, 1, 130
+BAD_INPUT, UNEXPECTED, STOPPED, TERMINATED = 2, 1, 130, 143
 
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 _MEMORY_ADVICE = (
@@ -13,6 +14,15 @@ _MEMORY_ADVICE = (
 
 class InputError(Exception):
     """What the user asked for cannot be done; the text says what can."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM, on its way through all that cleans up."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """A signal handler: end as after Ctrl-C."""
+    raise Terminated(TERMINATED)
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -32,15 +42,17 @@ def report(error: BaseException) -> int:
     if not message:
         # a bare `fastdiff` has already printed its help
         return code
-    line = Text("stopped: " if code == STOPPED else "error: ", "bold red") + Text(message)
+    stopped = code in (STOPPED, TERMINATED)
+    line = Text("stopped: " if stopped else "error: ", "bold red") + Text(message)
     Console(stderr=True, soft_wrap=True).print(line)
     return code
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """The line, and the exit code."""
-    if _interrupted(error):
-        return "no unfinished file is left", STOPPED
+    stopped = _interrupted(error)
+    if stopped is not None:
+        return "no unfinished file is left", stopped
     usage: Any = getattr(error, "format_message", None)
     if usage is not None:
         return one_line(usage()), BAD_INPUT
@@ -56,16 +68,19 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {text} (unexpected; --traceback shows where)", UNEXPECTED
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Ctrl-C, also where a library that was being imported made another error of it."""
+def _interrupted(error: BaseException | None) -> int | None:
+    """The code of Ctrl-C or SIGTERM, also where a library that was being imported made another
+    error of it."""
     # a chain of causes may come back to where it began
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
+        if isinstance(error, Terminated):
+            return TERMINATED
         if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-            return True
+            return STOPPED
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:

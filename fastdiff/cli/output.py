@@ -17,22 +17,28 @@ from fastdiff.cli.errors import InputError
 
 SUFFIX = {"video": ".mp4", "image": ".png"}
 _GAP, _STRIP = 8, 24
+# errors of the disk, not of a file
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one result goes. stem: None for a name made of prompt and seed."""
+    """Where one result goes. stem: None for a name made of prompt and seed.
+
+    suffix: as it was typed, such as ".PNG"; None is that of the kind.
+    """
 
     folder: Path
     stem: str | None = None
     overwrite: bool = False
+    suffix: str | None = None
 
     def path(self, kind: str, prompt: str, seed: int, used: Set[Path] = frozenset()) -> Path:
         """The file to write: with `overwrite` the name as asked, else the next free one.
 
         used: files of this call, which are never written twice.
         """
-        stem, suffix = self.stem or f"{slug(prompt)}-seed{seed}", SUFFIX[kind]
+        stem, suffix = self.stem or f"{slug(prompt)}-seed{seed}", self.suffix or SUFFIX[kind]
         number = 1
         while True:
             path = self.folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
@@ -59,8 +65,8 @@ def places(output: Path | None, prompts: int, overwrite: bool) -> tuple[list[Pla
     if output.suffix and kind is None:
         raise InputError(f"cannot write {output.suffix!r} files: accepted are "
                          f"{' and '.join(kinds)}")
-    stem = output.stem if kind else output.name
-    return [Place(writable(output.parent), stem, overwrite)], kind
+    stem, suffix = (output.stem, output.suffix) if kind else (output.name, None)
+    return [Place(writable(output.parent), stem, overwrite, suffix)], kind
 
 
 def slug(prompt: str, length: int = 48) -> str:
@@ -107,6 +113,10 @@ def atomic(path: Path, new: bool = False) -> Iterator[Path]:
             _take(path, part)
         else:
             os.replace(part, path)
+    except OSError as error:
+        if error.errno in _DISK:
+            error.filename = str(path.parent)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -192,7 +202,7 @@ def _write_mp4(path: Path, pixels: Any, fps: int, text: str) -> None:
 
 def _failed(path: Path, code: int, told: str) -> Exception:
     """Why ffmpeg broke off: an OSError where the disk was the cause."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+    for number in _DISK:
         if os.strerror(number) in told:
             return OSError(number, os.strerror(number), str(path.parent))
     last = told.strip().splitlines()[-1:] or [f"code {code}" if code > 0 else f"signal {-code}"]
