@@ -16,12 +16,13 @@ from fastdiff.pipelines.staged.accept import (
     check_scheduler,
     check_whole,
     condition_of,
+    fitted,
     staging_of,
 )
 from fastdiff.pipelines.staged.call import MAY_STOP, arguments_changed, attributes, wrap_call
 from fastdiff.pipelines.staged.conditions import SizeOf, pictures_held
 from fastdiff.pipelines.staged.run import Leg, Run, Way
-from fastdiff.pipelines.staged.schedule import own_copy
+from fastdiff.pipelines.staged.schedule import first_level, own_copy
 from fastdiff.pipelines.staged.stages import (
     PRESETS,
     TRANSITIONS,
@@ -98,9 +99,12 @@ class BottleneckSampling(Method):
         preset = PRESETS[self.preset or "balanced"]
         return Preset(preset.stages, self.transition or preset.transition, preset.low)
 
+    def chosen_for(self, scheduler: Any) -> Preset:
+        return self.chosen if self.stages is not None else fitted(self.chosen, scheduler)
+
     def attach(self, host: Host) -> Callable[[], None]:
         staging = staging_of(host)
-        check_scheduler(host.pipe.scheduler, self.chosen)
+        check_scheduler(host.pipe.scheduler, self.chosen_for(host.pipe.scheduler))
         check_changeable(host, staging, self.chosen)
         names = list(host.models)
 
@@ -160,13 +164,10 @@ class _Start:
         return next(part.model for part in self.host.models.values())
 
     def run(self, asked: dict[str, Any]) -> Run:
-        chosen = self.method.chosen
         scheduler = self.pipe.scheduler
-        flow = check_scheduler(scheduler, chosen) == "flow"
+        chosen = self.method.chosen_for(scheduler)
+        check_scheduler(scheduler, chosen)
         stages = chosen.stages
-        if self.method.stages is None and not flow:
-            # the presets' shifts are those of flow matching
-            stages = tuple(Stage(s.scale, s.steps, s.sigma_start) for s in stages)
         steps = asked["num_inference_steps"]
         asked_spans = spans(stages, chosen.transition, steps)
         own = (len(stages) == 1 and asked_spans[0].native and asked_spans[0].steps == steps)
@@ -251,8 +252,9 @@ class _Start:
             assert leg.size is not None and full is not None
             work += leg.steps * leg.size.rows * leg.size.columns / (full.rows * full.columns)
             shift = "own" if leg.span.shift is None else f"{leg.span.shift:g}"
+            start = first_level(leg.scheduler).share
             say(f"stage {number}", f"{leg.size.height}x{leg.size.width}, {leg.steps} steps, noise "
-                f"{leg.span.start:.3f} to {leg.span.end:.3f}, shift {shift}")
+                f"{start:.3f} to {leg.span.end:.3f}, shift {shift}")
         if len(run.legs) > 1:
             say("transition", f"{run.way.transition}, {run.way.resize}, {run.way.noise} noise")
         if self.staging.trained(self.model) is None:

@@ -193,14 +193,16 @@ def test_a_batch_of_two_equals_two_runs(name):
 def test_matched_noise(name):
     pipe = zoo.build(name)
     grid = (3, 4, 8) if name in zoo.VIDEO else (1, 8, 12)
-    fastdiff.enable(pipe, staged(transition="matched-noise"))
+    # half the side takes twice the noise, and SD has no more than a share of 0.936
+    stages = (Stage(1, 1), Stage(0.5, 2, 0.85), Stage(1, 2, 0.7))
+    fastdiff.enable(pipe, staged(stages=stages, transition="matched-noise"))
     stock = call(name, zoo.build(name), grid=grid)
     out = call(name, pipe, grid=grid)
     assert out.shape == stock.shape and out.isfinite().all()
     for other in ("restart", "continue"):
-        fastdiff.enable(pipe, staged(transition=other))
+        fastdiff.enable(pipe, staged(stages=stages, transition=other))
         assert not torch.equal(call(name, pipe, grid=grid), out)
-    fastdiff.enable(pipe, staged(transition="matched-noise"))
+    fastdiff.enable(pipe, staged(stages=stages, transition="matched-noise"))
     assert torch.equal(call(name, pipe, grid=grid), out)
     if name != "sdxl":  # whose cells are smaller than its units
         with pytest.raises(ValueError, match="whole multiples"):
@@ -304,6 +306,29 @@ def test_presets_run(preset, name):
     pipe.enable_fastdiff("bottleneck", preset=preset, force=True)
     out = call(name, pipe, num_inference_steps=10)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_the_video_preset_never_asks_for_more_noise_than_there_is(kind):
+    """Levels of SD end at a noise share of 0.936; the preset names 0.96."""
+    cls, options = SCHEDULERS[kind]
+    pipe = zoo.build("sd15")
+    table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe.scheduler = cls(**table, **options)
+    fastdiff.enable(pipe, BottleneckSampling("video", force=True))
+    assert call("sd15", pipe, grid=(1, 4, 4), num_inference_steps=20).isfinite().all()
+    assert ", noise 0.92" in str(pipe.fastdiff.report.methods["bottleneck"]["stage 2"])
+
+
+@pytest.mark.parametrize("transition, most", [("continue", "0.936"), ("matched-noise", "0.880")])
+def test_more_noise_than_the_scheduler_has_is_refused_when_enabled(transition, most):
+    pipe = zoo.build("sdxl")
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    stages = [Stage(1, 2), Stage(0.5, 2, 0.94), Stage(1, 2, 0.5)]
+    with pytest.raises(ValueError, match=f"goes up to 0.936: accepted is less than {most}"):
+        fastdiff.enable(pipe, staged(stages=stages, transition=transition))
+    fastdiff.enable(pipe, staged(stages=stages, transition="restart"))
 
 
 @pytest.mark.parametrize("arguments", [{"sigmas": [1.0, 0.5]}, {"timesteps": [900, 500]}])

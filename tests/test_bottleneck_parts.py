@@ -32,6 +32,8 @@ SCHEDULERS = {
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
     "flow-dpm": lambda: diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    "flow-deis": lambda: diffusers.DEISMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
     "euler": lambda: diffusers.EulerDiscreteScheduler(**_SD),
     "euler-karras": lambda: diffusers.EulerDiscreteScheduler(**_SD, use_karras_sigmas=True),
     "euler-v": lambda: diffusers.EulerDiscreteScheduler(**_SD, prediction_type="v_prediction"),
@@ -135,6 +137,20 @@ def test_terminal_is_kept_by_a_stage_that_ends_clean():
     sigmas = _written("flow-euler-terminal", Span(5, 0.8)).sigmas
     assert sigmas[-2] == pytest.approx(0.1) and sigmas[-1] == 0
     assert _written("flow-euler-terminal", Span(5, 0.8, 0.4)).sigmas[-2] > 0.4
+
+
+def test_one_step_from_noise_has_a_terminal_level_too():
+    """Stock's schedule of one step with a terminal level is not a number."""
+    sigmas = _written("flow-euler-terminal", Span(1, 1.0)).sigmas
+    assert sigmas.tolist() == [1.0, 0.0]
+
+
+def test_deis_never_takes_the_logarithm_of_zero():
+    scheduler = _written("flow-deis", Span(4, 0.9))
+    latents = torch.ones(1, 1, 2, 2)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(torch.ones_like(latents), timestep, latents).prev_sample
+    assert latents.isfinite().all()
 
 
 def test_strided_schedulers_refuse_a_shift():

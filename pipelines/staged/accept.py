@@ -1,14 +1,17 @@
 """What can run in stages: pipelines, their schedulers, weights and sizes; reasons where not."""
 
+from dataclasses import replace
 from typing import Any
 
 from fastdiff.method import Host
 from fastdiff.pipelines.families.base import Condition, Size, Staging
-from fastdiff.pipelines.staged.noise import kind_of
-from fastdiff.pipelines.staged.stages import Preset
+from fastdiff.pipelines.staged.noise import kind_of, most_noise, ratio_of
+from fastdiff.pipelines.staged.stages import Preset, stage_end
 
 # arguments of a call that bring a schedule of their own
 _OWN_SCHEDULES = ("timesteps", "sigmas", "denoising_end")
+# of a scheduler's most noise: where a preset's stage starts that asks for more
+_BELOW = 0.99
 
 
 def staging_of(host: Host) -> Staging:
@@ -38,13 +41,39 @@ def condition_of(staging: Staging, pipe: Any) -> Condition | None:
     return next((made for name, made in staging.conditions.items() if name in names), None)
 
 
-def check_scheduler(scheduler: Any, chosen: Preset) -> str:
+def fitted(preset: Preset, scheduler: Any) -> Preset:
+    """A preset for this scheduler: its shifts are those of flow matching, as its levels are."""
+    kind = kind_of(scheduler)
+    if kind == "flow":
+        return preset
+    top = most_noise(scheduler, kind)
+    starts = [s.sigma_start if s.sigma_start == 1 or s.sigma_start < top else _BELOW * top
+              for s in preset.stages]
+    return replace(preset, stages=tuple(
+        replace(s, sigma_start=start, shift=None)
+        for s, start in zip(preset.stages, starts, strict=True)))
+
+
+def check_scheduler(scheduler: Any, chosen: Preset) -> None:
     kind = kind_of(scheduler)
     if kind == "strided" and chosen.transition == "matched-noise":
         raise ValueError(f"matched-noise needs exact noise levels, and {type(scheduler).__name__} "
                          "steps by a fixed stride: use restart or continue, or a scheduler with "
                          "sigmas such as DPMSolverMultistepScheduler")
-    return kind
+    _check_reach(scheduler, most_noise(scheduler, kind), chosen)
+
+
+def _check_reach(scheduler: Any, top: float, chosen: Preset) -> None:
+    """Refuse a stage that would end at more noise than the scheduler has to begin with."""
+    for stage, following in zip(chosen.stages, chosen.stages[1:], strict=False):
+        if stage_end(stage, following, chosen.transition) < top:
+            continue
+        smaller = following.scale / stage.scale if chosen.transition == "matched-noise" else 1.0
+        most = ratio_of(top) * smaller
+        raise ValueError(
+            f"sigma_start={following.sigma_start:g} is not possible with {chosen.transition} and "
+            f"this {type(scheduler).__name__}, whose noise share goes up to {top:.3f}: accepted is "
+            f"less than {most / (1 + most):.3f}")
 
 
 def check_no_schedule(asked: dict[str, Any], other: str) -> None:

@@ -66,6 +66,14 @@ def kind_of(scheduler: Any) -> str:
     return kind
 
 
+def most_noise(scheduler: Any, kind: str) -> float:
+    """The largest noise share at which this scheduler can evaluate the model."""
+    if kind == "flow":
+        return 1.0
+    ratio = float(table_ratios(scheduler)[-1])
+    return ratio / (1 + ratio)
+
+
 def level_at(scheduler: Any, kind: str, index: int) -> Level:
     """The level at which step `index` of this scheduler's own schedule starts."""
     if kind == "strided":

@@ -63,7 +63,9 @@ def write(scheduler: Any, span: Span, arguments: dict[str, Any], tokens: int | N
     mu = _mu(scheduler, arguments, tokens)
     own = dict(arguments)
     # a schedule of one step cannot be stretched to a terminal level; it is replaced below
-    steps = span.steps if span.native else max(span.steps, 2)
+    terminal = scheduler.config.get("shift_terminal")
+    native = span.native and not (terminal and span.steps == 1)
+    steps = span.steps if native else max(span.steps, 2)
     if own.get("num_inference_steps") is not None:
         own["num_inference_steps"] = steps
     if own.get("sigmas") is not None:
@@ -71,21 +73,27 @@ def write(scheduler: Any, span: Span, arguments: dict[str, Any], tokens: int | N
     if mu is not None:
         own["mu"] = mu
     scheduler.set_timesteps(**own)
-    if span.native:
+    if native:
         return
     if kind == "flow":
         shift = _flow_shift(scheduler, mu) if span.shift is None else span.shift
         levels = flow_levels(span, shift)
-        terminal = scheduler.config.get("shift_terminal")
         if terminal and span.shift is None and span.end == 0:
             levels = _stretch(levels, terminal)
         if hasattr(scheduler, "model_outputs"):
             levels = levels.clamp_max(_NEARLY_ONE)
         timesteps = levels * scheduler.config.num_train_timesteps
-        end = span.end
+        end = span.end or _clean(scheduler)
     else:
         levels, timesteps, end = _preserving_levels(scheduler, span)
     _store(scheduler, levels, timesteps, end)
+
+
+def _clean(scheduler: Any) -> float:
+    """The sigma of flow matching at which a schedule ends: DEIS takes its logarithm."""
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    total = scheduler.config.num_train_timesteps
+    return 1 / total if "DEISMultistepScheduler" in names else 0.0
 
 
 def flow_levels(span: Span, shift: float) -> Tensor:
