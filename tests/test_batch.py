@@ -87,6 +87,40 @@ def test_jsonl_csv_and_text_say_the_same(tmp_path):
     assert plan(text)[0].id == one[1].id
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_any_spreadsheets_separator_is_read(tmp_path, separator, suffix):
+    table = tmp_path / f"a{suffix}"
+    rows = ["\ufeff", "prompt*seed*tile", '"a cat, red; and\ta dog"*3*"4,4,8"', "x*1*"]
+    table.write_text("\n".join(rows).replace("*", separator))
+    one, two = lines.read(table)
+    assert one.fields == {"prompt": "a cat, red; and\ta dog", "seed": "3", "tile": "4,4,8"}
+    assert two.fields == {"prompt": "x", "seed": "1"} and two.where == f"{table}:4"
+
+
+def test_one_column_and_a_header_of_two_separators_keep_the_usual_one(tmp_path):
+    table = tmp_path / "a.csv"
+    table.write_text('prompt\n"a cat, red"\n a; b\n')
+    assert [one.fields["prompt"] for one in lines.read(table)] == ["a cat, red", "a; b"]
+    table.write_text("prompt,seed;steps\nx,1;2\n")
+    assert lines.read(table)[0].fields == {"prompt": "x", "seed;steps": "1;2"}
+
+
+def test_whole_numbers_as_a_table_with_empty_cells_has_them(tmp_path):
+    """pandas makes floats of whole numbers beside missing ones."""
+    whole = {"prompt": "x", "seed": 1, "steps": 4, "size": "64x48", "frames": 5, "min_tokens": 7,
+             "tile": "1,4,4", "dense_steps": 2}
+    floats = {**whole, "seed": 1.0, "steps": 4.0, "size": [64.0, 48.0], "frames": 5.0,
+              "min_tokens": 7.0, "tile": [1.0, 4.0, 4.0]}
+    table = tmp_path / "a.csv"
+    table.write_text(f"{','.join(whole)}\nx,1.0,4.0,64.0x48.0,5.0,7.0,\"1.0,4.0,4.0\",2\n")
+    found = {plan(jobs)[0].id for jobs in (
+        [whole], [floats], write(tmp_path / "a.jsonl", floats), table)}
+    assert len(found) == 1
+    one, two = plan([{"prompt": "x", "size": 64.0}, {"prompt": "x", "size": "64"}])
+    assert one.id == two.id and one.settings.height == 64
+
+
 def test_multiline_cells_keep_the_line_number(tmp_path):
     table = tmp_path / "a.csv"
     table.write_text('prompt,seed\n"a cat\nin the sun",1\nb,x\n')

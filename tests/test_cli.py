@@ -509,7 +509,8 @@ def test_psnr():
     ("none", int | None, None), ("7", int | None, 7),
     ("4,4,8", tuple[int, int, int] | None, (4, 4, 8)),
     ("4x4x8", tuple[int, int, int], (4, 4, 8)), ("off", bool, False), ("Yes", bool, True),
-    ("top-p", str, "top-p"), ("1e-2", float | None, 0.01),
+    ("top-p", str, "top-p"), ("1e-2", float | None, 0.01), ("3.0", int | None, 3),
+    ("-2.00", int, -2), ("4.0, 4.0,8", tuple[int, int, int], (4, 4, 8)), ("1.0", str, "1.0"),
 ])
 def test_typed(text, hint, value):
     found = typed("knob", text, hint)

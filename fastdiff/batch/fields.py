@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -116,9 +117,12 @@ def _number(name: str, value: Any) -> Any:
 
 def _word(name: str, value: Any) -> str:
     if name == "size" and isinstance(value, (list, tuple)) and len(value) == 2:
-        return f"{value[0]}x{value[1]}"
-    if name == "size" and isinstance(value, int):
-        return str(value)
+        return f"{_word(name, value[0])}x{_word(name, value[1])}"
+    if name == "size" and isinstance(value, (int, float)):
+        value = _text(value)
+    if name == "size" and isinstance(value, str):
+        # as in a column with empty cells
+        value = re.sub(r"\.0+(?=\D|$)", "", value)
     if not isinstance(value, (str, Path)):
         raise InputError(f"{name} is text, not {_text(value)}")
     return str(value).strip()

@@ -11,6 +11,7 @@ from typing import Any
 from fastdiff.cli.errors import InputError
 
 _JSONL, _TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
+_SEPARATORS = ",;\t"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _from_jsonl(source: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _from_table(source: Path, text: str, delimiter: str) -> list[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text, delimiter),
+                      strict=True)
     found: list[tuple[int, dict[str, Any]]] = []
     header: list[str] | None = None
     begin = 1
@@ -113,6 +115,16 @@ def _from_table(source: Path, text: str, delimiter: str) -> list[tuple[int, dict
     except csv.Error as error:
         raise InputError(f"{source}:{rows.line_num}: {error}") from None
     return found
+
+
+def _separator(text: str, usual: str) -> str:
+    """The one separator in the header, as a spreadsheet may write another than the usual one.
+
+    csv.Sniffer would guess, from letters too; no name of a field holds a separator.
+    """
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    there = [separator for separator in _SEPARATORS if separator in header]
+    return there[0] if len(there) == 1 else usual
 
 
 def _once(where: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

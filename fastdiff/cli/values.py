@@ -51,11 +51,18 @@ def typed(name: str, text: str, hint: Any) -> Any:
     order = sorted((m for m in members if m is not types.NoneType), key=_strictness)
     for member in order:
         try:
-            return _one(text, member)
+            # beside fractions 1.0 is all, and 1 is one
+            return _whole(text) if member is int and float not in members else _one(text, member)
         except ValueError:
             continue
     accepted = " or ".join(dict.fromkeys(_words(member) for member in members))
     raise InputError(f"{name}={text!r} is not possible: accepted is {accepted}")
+
+
+def _whole(text: str) -> int:
+    """A whole number, also with the ".0" that it has in a table with empty cells."""
+    head, _, zeros = text.partition(".")
+    return int(head if zeros and not zeros.strip("0") else text)
 
 
 def _strictness(member: Any) -> int:
@@ -73,7 +80,8 @@ def _one(text: str, member: Any) -> Any:
         kinds = typing.get_args(member)
         if len(parts) != len(kinds):
             raise ValueError(text)
-        return tuple(kind(part) for kind, part in zip(kinds, parts, strict=True))
+        return tuple(_whole(part.strip()) if kind is int else kind(part)
+                     for kind, part in zip(kinds, parts, strict=True))
     if typing.get_origin(member) is not None:
         raise ValueError(text)  # a list of something: only its form in words can be typed
     return member(text)
