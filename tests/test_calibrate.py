@@ -477,6 +477,22 @@ def test_the_command_writes_a_plan_that_generate_runs(folder, tmp_path):
     assert "exists: --overwrite" in command(*words, code=2).stderr
 
 
+def test_a_refusal_after_loading_leaves_no_folder(folder, tmp_path):
+    words = ["calibrate", "-m", folder, "-o", tmp_path / "plan.json"]
+    assert "max_density" in command(*words, "--density", "0.9", "--option", "max_density=0.3",
+                                    code=2).stderr
+    assert list(tmp_path.iterdir()) == []
+    # what is finished stays, and so does what is not ours
+    home = tmp_path / "plan.json.work"
+    work = Work(home, {})
+    (home / "note.txt").touch()
+    work.leave()
+    assert [path.name for path in home.iterdir()] == ["note.txt"]
+    Work(home, {}).part("first", lambda: 1)
+    work.leave()
+    assert sorted(path.name for path in home.iterdir()) == ["first.pt", "note.txt", "settings.json"]
+
+
 @pytest.mark.parametrize("words, told", [
     (["--density", "0.2", "--target-psnr", "30"], "one goal"), ([], "one goal"),
     (["--density", "0.2", "--method", "nothing"], "unknown method"),

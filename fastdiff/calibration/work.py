@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ class Work:
         found = make()
         _atomic(path, lambda part: torch.save(found, part))
         return found
+
+    def leave(self) -> None:
+        """The search broke off: a folder without a finished part goes."""
+        if self.folder is not None and not any(self.folder.glob("*.pt")):
+            (self.folder / "settings.json").unlink(missing_ok=True)
+            # what else lies there is not ours
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def done(self) -> None:
         """The search is finished: its parts go."""

@@ -137,9 +137,13 @@ def calibrate(
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
     work = calibration.Work(folder, made)
-    with _progress(show) as bar:
-        runs = calibration.Runs(pipe, asked, call, work, seed, bar)
-        policy = calibration.calibrate(runs, methods[0], goal, ranges, rules, show.note)
+    try:
+        with _progress(show) as bar:
+            runs = calibration.Runs(pipe, asked, call, work, seed, bar)
+            policy = calibration.calibrate(runs, methods[0], goal, ranges, rules, show.note)
+    except BaseException:
+        work.leave()
+        raise
     content = {**to_plan([policy]), "made": {**made, "versions": sidecar.versions()}}
     write_json(out, content)
     work.done()
