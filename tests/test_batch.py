@@ -443,10 +443,13 @@ def test_processes_of_a_launcher_share_a_folder_and_one_speaks(wan, tmp_path):
     out = tmp_path / "out"
     words = _shell("-o", out, "-m", wan, "--set", "prompt=x", "--set", "kind=image", "--grid",
                    f"seed={','.join(map(str, range(12)))}", "--quiet")
-    runs = [subprocess.Popen(words, env={**_environment(), "RANK": str(rank), "WORLD_SIZE": "2",
-                                         "LOCAL_RANK": str(rank)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank in range(2)]
+    runs = []
+    for rank in range(2):
+        runs.append(subprocess.Popen(words, env={**_environment(), "RANK": str(rank),
+                                                 "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        # the one that speaks has to see the work begin: on a busy machine it came when all was made
+        _wait(lambda: runs[0].poll() is not None or runs[0].pid in _badges(out) or None)
     (first, error), (second, other) = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], error + other
     assert len(first.split()) == 12 == len(entries(out)) and second == ""
