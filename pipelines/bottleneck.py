@@ -11,6 +11,7 @@ from torch import nn
 from fastdiff.method import Host, Method, check
 from fastdiff.pipelines.families.base import Size, Staging
 from fastdiff.pipelines.staged.accept import (
+    check_caches,
     check_changeable,
     check_no_schedule,
     check_scheduler,
@@ -173,6 +174,7 @@ class _Start:
         own = (len(stages) == 1 and asked_spans[0].native and asked_spans[0].steps == steps)
         if not own:
             check_no_schedule(asked, "do stages")
+            check_caches(self.models)
         condition = None if own else condition_of(self.staging, self.pipe)
         if condition is not None:
             condition.check(self.pipe, asked)

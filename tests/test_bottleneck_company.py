@@ -90,6 +90,19 @@ def test_first_block_cache_starts_anew_at_every_border(name, monkeypatch):
     assert len(resets) >= 2
 
 
+def test_a_cache_that_cannot_begin_anew_is_refused_before_the_first_step():
+    pipe = zoo.build("wan")
+    pipe.transformer.enable_cache(diffusers.FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 901), is_guidance_distilled=True,
+        attention_weight_callback=lambda _: 0.3,
+        current_timestep_callback=lambda: pipe.current_timestep))
+    fastdiff.enable(pipe, BottleneckSampling(stages=STAGES, force=True))
+    with pytest.raises(ValueError, match="FasterCache is enabled on transformer.*disable_cache"):
+        zoo.call("wan", pipe)
+    fastdiff.enable(pipe, BottleneckSampling(stages=[Stage(1, 2)]))
+    zoo.call("wan", pipe)
+
+
 def test_lora():
     pipe = zoo.build("flux")
     fastdiff.enable(pipe, staged())

@@ -1,5 +1,6 @@
 """What can run in stages: pipelines, their schedulers, weights and sizes; reasons where not."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,17 @@ def check_no_schedule(asked: dict[str, Any], other: str) -> None:
     if given:
         raise ValueError(f"{given[0]}= brings a schedule of its own, and so {other}: leave "
                          f"{given[0]} out, or disable_fastdiff()")
+
+
+def check_caches(models: Mapping[str, Any]) -> None:
+    """Refuse a cache that cannot begin anew in the middle of a call."""
+    for name, model in models.items():
+        kind = type(getattr(model, "_cache_config", None)).__name__
+        if kind == "FasterCacheConfig":
+            raise ValueError(
+                f"FasterCache is enabled on {name}: it skips attention from what earlier steps "
+                "left, and those of another stage have another size. disable_cache() first, or "
+                "use a cache that begins anew, such as FirstBlockCache")
 
 
 def check_changeable(host: Host, staging: Staging, chosen: Preset) -> None:
