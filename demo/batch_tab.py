@@ -23,14 +23,16 @@ EXAMPLE = ("a red apple on a blue background\na yellow sun on a purple backgroun
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch left. files: results in the order of the jobs. failed: sentences.
+    """What a batch left. files: results, each once. failed: sentences.
 
-    cut: why it ended before its last job; empty where it did not.
+    same: jobs that were the same as another one. cut: why it ended before its last job; empty
+    where it did not.
     """
 
     files: list[Path]
     failed: list[str]
     archive: Path
+    same: int = 0
     cut: str = ""
 
 
@@ -90,9 +92,14 @@ class BatchTab:
         files: list[Path] = []
         failed: list[str] = []
         late = cut = ""
-        ticket.enter(f"1 of {len(wishes)}")
+        same = 0
+        ticket.enter("checking")
 
         def on_event(event: dict[str, Any]) -> None:
+            nonlocal same
+            if event["event"] == "start":
+                same = len(wishes) - event["jobs"]
+                ticket.phase = f"1 of {event['jobs']}"
             if event["event"] == "done":
                 files.append(Path(event["file"]))
             if event["event"] == "failed":
@@ -120,8 +127,8 @@ class BatchTab:
                               defaults={"model": renderer.model.name, "dtype": renderer.dtype},
                               device=renderer.device, on_event=on_event, on_step=on_step,
                               stop=ticket.ended, load=lambda *asked: renderer.pipe)
-                files = [path for path in outcome.results if path is not None]
-                failed = [f"{where}: {error}" for where, error in outcome.failed]
+                # in the order of the jobs
+                files = [path for path in dict.fromkeys(outcome.results) if path is not None]
             except KeyboardInterrupt:
                 # how a batch ends that is asked to stop
                 if not files:
@@ -134,7 +141,7 @@ class BatchTab:
             raise
         finally:
             renderer.set_right()
-        return Batch(files, failed, archive, cut)
+        return Batch(files, failed, archive, same, cut)
 
     def _connect(self) -> None:
         async def batch(
@@ -165,6 +172,8 @@ class BatchTab:
     def _result(self, made: Batch) -> dict[Any, Any]:
         told_ = live.note(f"{len(made.files)} made" + (f", {len(made.failed)} failed: "
                           f"{'; '.join(made.failed)}" if made.failed else ".")
+                          + (f" {made.same} more asked for the same as one of these: made once."
+                             if made.same else "")
                           + (f" The rest was not made: {made.cut}." if made.cut else ""))
         shown = [(str(path), path.stem.rpartition("-seed")[0].replace("-", " "))
                  for path in made.files]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,10 @@ STOCK = "stock"
 NONE = "none"
 # one attention and one sampling method at a time
 _SINGLE = ("attention", "sampling")
+# the preset whose values the fields hold, or none
+_MARK = """(...now) => Object.entries(%s).find(([name, values]) => values.every(
+  (value, i) => value === null || JSON.stringify(value) === JSON.stringify(now[i])
+))?.[0] ?? null"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +188,7 @@ class MethodPanel:
 
     def _connect(self) -> None:
         def by_preset(preset: str) -> dict[Any, Any]:
-            plan = None if preset == STOCK else to_plan(make_methods([preset], {}))
-            return self.show(plan)
+            return self.show(_plan_of_preset(preset))
 
         def by_pick(*picks: Any) -> dict[Any, Any]:
             on = set(_names(picks))
@@ -198,6 +202,14 @@ class MethodPanel:
         for pick in picks:
             pick.input(by_pick, picks, [self.preset, *self._homes.values()],
                        show_progress="hidden", api_visibility="private")
+        # gradio's `input` of a text field misses what is pasted or deleted, and `change` has what a
+        # preset fills in, too: so the values tell. In the browser, as keys need no server.
+        rows = {name: self.show(_plan_of_preset(name)) for name in [STOCK, *PRESETS]}
+        fields = [field for field in self._fields.values()
+                  if any(field in row for row in rows.values())]
+        told = {name: [row.get(part) for part in picks + fields] for name, row in rows.items()}
+        gr.on([field.change for field in fields], None, picks + fields, [self.preset],
+              js=_MARK % json.dumps(told), show_progress="hidden", api_visibility="private")
 
 
 def _pick(kind: str, names: list[str], on: list[str]) -> Any:
@@ -217,7 +229,11 @@ def _preset(plan: dict[str, Any] | None) -> str | None:
     """The preset that a plan is, or None."""
     if plan is None:
         return STOCK
-    return next((name for name in PRESETS if to_plan(make_methods([name], {})) == plan), None)
+    return next((name for name in PRESETS if _plan_of_preset(name) == plan), None)
+
+
+def _plan_of_preset(name: str) -> dict[str, Any] | None:
+    return None if name == STOCK else to_plan(make_methods([name], {}))
 
 
 def _field(knob: Knob, value: Any) -> Any:

@@ -432,7 +432,7 @@ def test_ctrl_c_and_sigterm_leave_no_half_file(wan, tmp_path):
                                stdout=subprocess.DEVNULL, preexec_fn=listen)
         _wait(lambda done=done: len(list(out.glob("*.png"))) > done or None)
         run.send_signal(number)
-        error = run.communicate(timeout=60)[1]
+        error = run.communicate(timeout=300)[1]
         assert run.returncode == 130 and error == "stopped: no unfinished file is left\n"
         assert not [path for path in out.iterdir() if ".part" in path.name]
         assert list((out / ".fastdiff/claims").iterdir()) == []

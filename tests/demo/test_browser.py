@@ -98,11 +98,11 @@ def test_on_a_phone_the_page_is_not_covered(browser, address):
     page.set_default_timeout(WAIT)
     page.goto(address)
     page.wait_for_selector(".sidebar:not(.open)", state="attached")
-    page.locator("#image-prompt textarea").tap(timeout=10_000)
+    page.locator("#image-prompt textarea").tap(timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     page.locator(".sidebar .toggle-button").tap()
     page.wait_for_selector(".sidebar.open")
-    page.locator("#preset").get_by_label("turbo").check(timeout=10_000)
+    page.locator("#preset").get_by_label("turbo").check(timeout=60_000)
     context.close()
 
 
@@ -115,15 +115,13 @@ def test_a_clip_plays_both_together(page):
     state = ("[...document.querySelectorAll('.fd-clips video')]"
              ".map(v => [v.paused, v.currentTime, v.duration])")
     page.wait_for_function(f"{state}.every(v => !v[0] && v[1] > 0)")
-    playing = page.evaluate(state)
-    assert len(playing) == 3
-    times = [now for _, now, _ in playing]
-    length = playing[0][2]
-    # a loop may just have begun anew in one of them
-    apart = max(times) - min(times)
-    assert min(apart, length - apart) < 0.2
+    # a busy machine may drop one behind for a moment; a loop may just have begun anew in one
+    page.wait_for_function(
+        f"""() => {{ const all = {state}, times = all.map(v => v[1]);
+            const apart = Math.max(...times) - Math.min(...times);
+            return all.length === 3 && Math.min(apart, all[0][2] - apart) < 0.2 }}""")
     page.locator(".fd-play button").first.click()
-    page.wait_for_function(f"{state}.every(v => v[0])")
+    page.wait_for_function(f"{state}.every(v => v[0] && Math.abs(v[1] - {state}[0][1]) < 0.05)")
 
 
 def test_stop(page, house):
@@ -157,6 +155,24 @@ def test_a_method_chosen_by_hand_is_no_preset(page):
     preset.get_by_label("turbo").check()
     page.wait_for_function("() => document.querySelector('#pick-attention input:checked').value "
                            "=== 'tile-sparse'")
+
+
+@pytest.mark.parametrize("name, change", [("density", "fill"), ("tail", "click")])
+def test_a_preset_with_another_option_is_no_preset(page, name, change):
+    marked = "document.querySelector('#preset input:checked')"
+    page.click("#method-tile-sparse button")
+    field = page.locator(f"[id='knob-tile-sparse.{name}']").locator("input, textarea").first
+    before = field.input_value()
+    # as if pasted: no key is pressed
+    field.fill("0.33") if change == "fill" else field.click()
+    page.wait_for_function(f"() => !{marked}")
+    field.fill(before) if change == "fill" else field.click()
+    page.wait_for_function(f"() => {marked} && {marked}.value === 'balanced'")
+    field.fill("0.33") if change == "fill" else field.click()
+    page.wait_for_function(f"() => !{marked}")
+    page.locator("#preset").get_by_label("turbo").check()
+    page.wait_for_function(f"field => {marked} && {marked}.value === 'turbo' "
+                           "&& field.value !== '0.33'", arg=field.element_handle())
 
 
 def test_masks_follow_the_mouse_and_the_choices(page):
@@ -235,7 +251,7 @@ def test_two_people_at_once(browser, page, address, house):
     generate(other, "video", steps=5000)
     other.wait_for_selector("#video-live:has-text('step')")
     other_context.close()
-    end = time.monotonic() + 60
+    end = time.monotonic() + WAIT / 1000
     while house.worker.load:
         assert time.monotonic() < end
         page.wait_for_timeout(100)

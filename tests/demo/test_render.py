@@ -17,6 +17,7 @@ from fastdiff.demo.wish import Wish, of_record
 from fastdiff.demo.worker import STOPPED, Ticket
 from fastdiff.policies import methods as policies
 
+LONG = 300  # seconds; only a hang takes them
 PLAN = to_plan(make_methods(["tile-sparse"], SPARSE))
 
 
@@ -62,7 +63,7 @@ def test_the_python_lines_make_the_same(made, renderer):
 def test_the_settings_file_makes_the_same(house, tmp_path):
     wish = Wish("image", "a red cat", seed=5, steps=2, plan=PLAN)
     job = house.ask("a", wish)
-    assert job.over.wait(60) and job.problem == ""
+    assert job.over.wait(LONG) and job.problem == ""
     entry = job.result
     done = CliRunner().invoke(app, ["generate", "--from", str(entry.files["settings"]), "-o",
                                     str(tmp_path / "again.png")])
@@ -83,10 +84,10 @@ def test_stop_ends_a_run_within_a_block(house):
     while job.step < 1:
         assert not job.over.wait(0.01), job.problem
     job.stop()
-    assert job.over.wait(20) and job.state == STOPPED and job.step < 5000
+    assert job.over.wait(LONG) and job.state == STOPPED and job.step < 5000
     assert not house.renderer.pipe.fastdiff.enabled
     after = house.ask("a", Wish("image", "a cat", steps=1))
-    assert after.over.wait(60) and after.problem == ""
+    assert after.over.wait(LONG) and after.problem == ""
 
 
 def test_no_memory_is_told_and_the_next_job_runs(house, monkeypatch):
@@ -96,10 +97,10 @@ def test_no_memory_is_told_and_the_next_job_runs(house, monkeypatch):
     transformer = house.renderer.pipe.transformer
     monkeypatch.setattr(type(transformer), "forward", full)
     job = house.ask("a", Wish("image", "a cat", plan=PLAN))
-    assert job.over.wait(60) and "out of memory" in job.problem
+    assert job.over.wait(LONG) and "out of memory" in job.problem
     monkeypatch.undo()
     after = house.ask("a", Wish("image", "a cat", plan=PLAN))
-    assert after.over.wait(60) and after.problem == ""
+    assert after.over.wait(LONG) and after.problem == ""
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

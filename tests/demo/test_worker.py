@@ -8,6 +8,8 @@ import pytest
 from fastdiff.cli.errors import InputError
 from fastdiff.demo.worker import DONE, FAILED, STOPPED, WAITING, Worker
 
+LONG = 300  # seconds; only a hang takes them
+
 
 @pytest.fixture
 def worker():
@@ -34,11 +36,11 @@ def gate():
 
 def wait(*tickets):
     for ticket in tickets:
-        assert ticket.over.wait(10)
+        assert ticket.over.wait(LONG)
 
 
 def test_a_job_runs_and_its_result_is_kept(worker):
-    ticket = worker.submit("a", lambda ticket: 42, 10)
+    ticket = worker.submit("a", lambda ticket: 42, LONG)
     wait(ticket)
     assert (ticket.state, ticket.result, ticket.problem) == (DONE, 42, "")
     assert worker.load == 0
@@ -46,9 +48,9 @@ def test_a_job_runs_and_its_result_is_kept(worker):
 
 def test_users_take_turns(worker, gate):
     order = []
-    first = worker.submit("a", gate, 10)
-    gate.begun.wait(5)
-    later = [worker.submit(user, lambda ticket: order.append(ticket.user), 10)
+    first = worker.submit("a", gate, LONG)
+    assert gate.begun.wait(LONG)
+    later = [worker.submit(user, lambda ticket: order.append(ticket.user), LONG)
              for user in ("a", "a", "b", "c", "b")]
     assert [worker.position(ticket) for ticket in later] == [1, 4, 2, 3, 5]
     gate.go.set()
@@ -57,23 +59,23 @@ def test_users_take_turns(worker, gate):
 
 
 def test_bounds_are_told(worker, gate):
-    worker.submit("a", gate, 10)
-    gate.begun.wait(5)
-    worker.submit("a", gate, 10)
-    worker.submit("a", gate, 10)
+    worker.submit("a", gate, LONG)
+    assert gate.begun.wait(LONG)
+    worker.submit("a", gate, LONG)
+    worker.submit("a", gate, LONG)
     with pytest.raises(InputError, match="3 of your jobs are waiting or running"):
-        worker.submit("a", gate, 10)
+        worker.submit("a", gate, LONG)
     for user in "bcdef":
-        worker.submit(user, gate, 10)
+        worker.submit(user, gate, LONG)
     with pytest.raises(InputError, match=r"the queue is full \(8 jobs\)"):
-        worker.submit("g", gate, 10)
+        worker.submit("g", gate, LONG)
     gate.go.set()
 
 
 def test_stop_ends_what_runs_and_what_waits_of_one_user(worker, gate):
-    running = worker.submit("a", gate, 10)
-    gate.begun.wait(5)
-    waiting, other = worker.submit("a", gate, 10), worker.submit("b", lambda ticket: "b", 10)
+    running = worker.submit("a", gate, LONG)
+    assert gate.begun.wait(LONG)
+    waiting, other = worker.submit("a", gate, LONG), worker.submit("b", lambda ticket: "b", LONG)
     assert worker.stop("a") == 2
     wait(running, waiting, other)
     assert (running.state, waiting.state, other.state) == (STOPPED, STOPPED, DONE)
@@ -87,12 +89,12 @@ def test_a_failed_job_says_a_sentence_and_the_next_runs():
     def fails(error):
         def work(ticket):
             raise error
-        return worker.submit("a", work, 10)
+        return worker.submit("a", work, LONG)
 
     memory = fails(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     bad = fails(InputError("the size is odd: use --size 32"))
     odd = fails(KeyError("/secret/path"))
-    good = worker.submit("a", lambda ticket: 1, 10)
+    good = worker.submit("a", lambda ticket: 1, LONG)
     wait(memory, bad, odd, good)
     assert "out of memory" in memory.problem and memory.state == FAILED
     assert bad.problem == "the size is odd: use size 32"
@@ -110,8 +112,8 @@ def test_even_setting_right_may_fail():
         raise ValueError("no")
 
     worker = Worker(queue=8, per_user=8, after=breaks)
-    first = worker.submit("a", fails, 10)
-    second = worker.submit("a", lambda ticket: 1, 10)
+    first = worker.submit("a", fails, LONG)
+    second = worker.submit("a", lambda ticket: 1, LONG)
     wait(first, second)
     assert second.state == DONE
     worker.close()
@@ -133,7 +135,7 @@ def test_fifty_users_at_once_lose_nothing():
     tickets, lock = [], threading.Lock()
 
     def ask(number):
-        ticket = worker.submit(f"user {number}", lambda ticket: number * number, 30)
+        ticket = worker.submit(f"user {number}", lambda ticket: number * number, LONG)
         with lock:
             tickets.append((number, ticket))
 
@@ -151,9 +153,9 @@ def test_fifty_users_at_once_lose_nothing():
 
 def test_closing_ends_what_waits(gate):
     worker = Worker(queue=8, per_user=8, after=lambda: None)
-    running = worker.submit("a", gate, 10)
-    gate.begun.wait(5)
-    waiting = worker.submit("a", gate, 10)
+    running = worker.submit("a", gate, LONG)
+    assert gate.begun.wait(LONG)
+    waiting = worker.submit("a", gate, LONG)
     assert waiting.state == WAITING
     worker.close()
     assert (running.state, waiting.state) == (STOPPED, STOPPED)
