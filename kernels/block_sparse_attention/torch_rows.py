@@ -94,7 +94,7 @@ class Rows:
         batch, head = row // (H * NQ), row // NQ % H
         self.base = (batch * Hk + head // (H // Hk)) * (self.zero + 1)
         listed = torch.arange(indices.shape[-1], device=device) < counts.reshape(-1, 1)
-        lists = indices.reshape(self.count, -1).long().masked_fill(~listed, 0)
+        lists = indices.reshape(self.count, indices.shape[-1]).long().masked_fill(~listed, 0)
         self.lengths = block_length[batch[:, None], lists].masked_fill_(~listed, 0)
         self.firsts = block_first[batch[:, None], lists]
         totals = self.lengths.sum(1)
@@ -131,7 +131,7 @@ class Rows:
     def from_table(self, table: Tensor, like: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
         """The inverse of `table`: [B, Skv, Hk, D] and, of `blocks` means, [B, Hk, blocks, D]."""
         B, Skv, Hk, D = like.shape
-        table = table.view(B, Hk, -1, D)
+        table = table.view(B, Hk, (self.zero + 1) * self.granule, D)
         x = table[:, :, :Skv].transpose(1, 2)
         if self.front is not None:
             x = torch.empty_like(x).index_put_(self.front, x)

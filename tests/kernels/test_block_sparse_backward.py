@@ -104,6 +104,14 @@ def test_nothing_to_see_has_no_gradient():
     assert not any(x.any() for x in gradients(args, "torch", *towards(args)))
 
 
+@pytest.mark.parametrize("size", [{"batch": 0}, {"queries": 0}, {"keys": 0}], ids=str)
+@pytest.mark.parametrize("tail", (False, True))
+def test_nothing_at_all(size, tail):
+    args = Case(tail=tail, **size).build()
+    for x in gradients(args, "torch", *towards(args)):
+        assert not x.any()
+
+
 def test_masked_keys_get_zero():
     args = Case(masked=True, ragged=True, tail=True).build()
     _, dk, dv, *_ = gradients(args, "torch", *towards(args))
