@@ -58,6 +58,16 @@ def test_by_hand(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_very_negative_queries_keep_their_digits(impl):
+    """Their features are far below 1, and next to one another all the same."""
+    query, key, value = case()
+    check((query - 18, key, value), impl)
+    truth, found = (linear_attention(query.to(dtype) - 18, key.to(dtype), value.to(dtype), eps=0.0,
+                                     impl=impl) for dtype in (torch.float64, torch.float32))
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_every_key_twice_changes_nothing(impl):
     query, key, value = case(dtype=torch.float64)
     twice = [torch.cat((x, x), 1) for x in (key, value)]
