@@ -67,7 +67,9 @@ def steps_of_z(x: Tensor, always: Tensor, lengths: Tensor) -> Tensor:
     mean = (x * weight).sum(-1, keepdim=True)
     variance = (x.square() * weight).sum(-1, keepdim=True) - mean.square()
     z = (x - mean) * variance.clamp_min(1e-12).rsqrt()
-    return ((z + REACH) * (BINS / (2 * REACH))).floor().clamp(0, BINS - 1).to(torch.int32)
+    step = ((z + REACH) * (BINS / (2 * REACH))).floor().clamp(0, BINS - 1)
+    # a NaN is no number of a step
+    return step.nan_to_num(0).to(torch.int32)
 
 
 def first_step(

@@ -59,6 +59,19 @@ def test_the_budget_is_used():
         assert density - 0.02 < kept <= density + 1e-6
 
 
+@pytest.mark.parametrize("each_row", (False, True))
+def test_a_nan_keeps_to_its_own_rows(each_row):
+    q, mean, offsets, none = problem(tokens=160, heads=2)
+    options = {"density": 0.4, "each_row": each_row}
+    clean = tile_select(q, mean, offsets, none, none, **options)
+    q[0, 0, 1] = torch.nan
+    found = tile_select(q, mean, offsets, none, none, **options)
+    assert found.keep.diagonal(dim1=-2, dim2=-1).all()
+    if each_row:
+        assert torch.equal(found.counts, clean.counts)
+        assert torch.equal(found.keep[0, 0], clean.keep[0, 0])
+
+
 def test_samples_choose_for_themselves():
     q, mean, offsets, none = problem(batch=2)
     both = tile_select(q, mean, offsets, none, none, density=0.4).keep
