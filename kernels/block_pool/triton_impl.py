@@ -31,7 +31,7 @@ def run(x: Tensor, offsets: Tensor, *, block: int, mask: Tensor | None) -> tuple
     BD = 1 << (D - 1).bit_length()
     block_pool_fwd_kernel[(N, B * H)](
         x,
-        offsets,
+        offsets.contiguous(),
         offsets if mask is None else mask.contiguous().view(torch.uint8),
         mean,
         weight,

@@ -50,7 +50,8 @@ def block_sparse_attention(
     indices: int32 [B, H, NQ, M]; counts: int32 [B, H, NQ]. The first `counts` entries of a row are
         distinct key block numbers; the rest is never read.
     query_offsets, key_offsets: int32 [NQ + 1], [NK + 1], from 0 to the sequence length,
-        not falling. Block `i` owns tokens `offsets[i]` to `offsets[i + 1]`; a block may be empty.
+        not falling, contiguous. Block `i` owns tokens `offsets[i]` to `offsets[i + 1]`; a block may
+        be empty.
     block_q, block_k: upper bounds of the block lengths.
     key_mask: bool [B, Skv]; a False key counts for nobody.
     tail: (key_mean [B, Hk, NK, D], value_mean [B, Hk, NK, D], weight float32 [B, NK],
@@ -201,6 +202,8 @@ def _check(query, key, value, indices, counts, query_offsets, key_offsets, key_m
         raise ValueError(f"key {tuple(key.shape)} does not fit query {tuple(query.shape)}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}")
+    if not query.device == key.device == value.device:
+        raise ValueError(f"devices differ: {query.device}, {key.device}, {value.device}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.stride(-1) != 1 and D > 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, strides {x.stride()}")
@@ -209,6 +212,9 @@ def _check(query, key, value, indices, counts, query_offsets, key_offsets, key_m
     _expect("indices", indices, (B, H, NQ, indices.shape[-1]), torch.int32, query)
     _expect("query_offsets", query_offsets, (NQ + 1,), torch.int32, query)
     _expect("key_offsets", key_offsets, (NK + 1,), torch.int32, query)
+    for name, x in (("query_offsets", query_offsets), ("key_offsets", key_offsets)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, strides {x.stride()}")
     if key_mask is not None:
         _expect("key_mask", key_mask, (B, Skv), torch.bool, query)
     if tail is not None:

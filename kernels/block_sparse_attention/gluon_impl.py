@@ -125,7 +125,7 @@ def tensors(
     weight = keep = mask = dirty = query_offsets
     mapped = (query, key, value, output)
     if tail is not None:
-        weight, keep = tail[2].log2(), tail[3].contiguous().view(torch.uint8)
+        weight, keep = tail[2].contiguous().log2(), tail[3].contiguous().view(torch.uint8)
         mapped += tail[:2]
     if key_mask is not None:
         mask, dirty = key_mask.view(torch.uint8), _dirty(key_mask, key_offsets)

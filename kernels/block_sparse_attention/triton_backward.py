@@ -3,12 +3,11 @@ transpose, and one for the tail."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting
+from fastdiff.kernels.launch import shared_memory, strides_in_units
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 QUERY_CONFIGS = {
@@ -44,7 +43,7 @@ def config(
     """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
     BD = max(16, 1 << (like.shape[-1] - 1).bit_length())
     BM, BN, warps, stages = table[max(64, BD), like.dtype.itemsize == 4]
-    if like.is_cuda and shared_memory(like.device) < SHARED:
+    if shared_memory(like.device) < SHARED:
         # four tiles of 16 KiB fit every card
         limit = max(16, (16 << 10) // (BD * like.dtype.itemsize))
         BM, BN, stages = min(BM, limit), min(BN, limit), 1
@@ -52,11 +51,6 @@ def config(
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
     warps = min(warps, max(1, max(BM, BN) * BD // 1024))
     return {"BM": BM, "BN": BN, "BD": BD, "num_warps": warps, "num_stages": stages}
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def run(
@@ -113,14 +107,8 @@ def run(
         keep = keep.view(torch.uint8)
     delta = torch.empty(B, H, Sq, dtype=torch.float32, device=device)
 
-    strides = {
-        name: x.stride()[:3]
-        for name, x in (("q", query), ("k", key), ("v", value), ("o", output), ("do", grad))
-    }
-    unit = 8 if all(stride % 8 == 0 for three in strides.values() for stride in three) else 1
-
-    def steps(*names: str) -> list[int]:
-        return [stride // unit for name in names for stride in strides[name]]
+    strides, unit = strides_in_units(query, key, value, output, grad)
+    q_steps, k_steps, v_steps, o_steps, do_steps = (strides[i : i + 3] for i in range(0, 15, 3))
 
     def shared(meta: dict[str, int]) -> dict[str, int]:
         full = NQ * block_q == Sq and block_q % meta["BM"] == 0
@@ -131,7 +119,7 @@ def run(
     meta = shared(config(QUERY_CONFIGS, block_q, block_k, query))
     block_sparse_attention_bwd_dq_kernel[(NQ * meta["PARTS_Q"], B * H)](
         query, key, value, output, grad, lse, dlse, delta, dq, indices, counts, query_offsets,
-        key_offsets, mask, key_mean, value_mean, weight, keep, *steps("q", "k", "v", "o", "do"),
+        key_offsets, mask, key_mean, value_mean, weight, keep, *strides,
         Sq, Skv, H, H // Hk, NQ, NK, indices.shape[-1], scale,
         BLOCK_K=block_k,
         PARTS_K=-(-block_k // meta["BN"]),
@@ -150,7 +138,7 @@ def run(
     block_sparse_attention_bwd_dkv_kernel[(NK * parts_k, B * Hk)](
         query, key, value, grad, lse, delta, dk, dv,
         *transposed(indices, counts, NK), query_offsets, key_offsets, mask,
-        *steps("q", "k", "v", "do"), Sq, Skv, H, H // Hk, NQ, NK, scale,
+        *q_steps, *k_steps, *v_steps, *do_steps, Sq, Skv, H, H // Hk, NQ, NK, scale,
         PARTS_K=parts_k,
         EQUAL_Q=equal_q,
         USE_MASK=key_mask is not None,
@@ -168,7 +156,7 @@ def run(
     )
     block_sparse_attention_bwd_tail_kernel[(tiles, B * Hk, splits)](
         query, grad, lse, delta, key_mean, value_mean, weight, keep, query_offsets,
-        dk_mean, dv_mean, *steps("q", "do"), Sq, H, H // Hk, NQ, NK, splits, scale,
+        dk_mean, dv_mean, *q_steps, *do_steps, Sq, H, H // Hk, NQ, NK, splits, scale,
         EQUAL_Q=equal_q,
         **meta,
     )  # fmt: skip

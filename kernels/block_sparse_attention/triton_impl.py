@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.launch import large, strides_in_units
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
@@ -18,6 +19,13 @@ CONFIGS = {
 }
 # with a tail, whose loop would else run short of registers
 TAIL_CONFIGS = {**CONFIGS, (64, False): (64, 128, 4, 2)}
+# for cards with less shared memory than Hopper's, down to the 99 KiB of the smallest
+SMALL_CONFIGS = {
+    **CONFIGS,
+    (128, False): (64, 64, 4, 2),
+    (256, False): (64, 16, 4, 2),
+    (256, True): (32, 16, 4, 1),
+}
 
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -28,6 +36,8 @@ def config(block_q: int, block_k: int, like: Tensor, tail: bool) -> dict[str, in
     """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
     BD = max(16, 1 << (like.shape[-1] - 1).bit_length())
     table = TAIL_CONFIGS if tail else CONFIGS
+    if not large(like.device):
+        table = SMALL_CONFIGS
     BM, BN, warps, stages = table[max(64, BD), like.dtype.itemsize == 4]
     BM = min(BM, max(16, 1 << (block_q - 1).bit_length()))
     BN = min(BN, max(16, 1 << (block_k - 1).bit_length()))
@@ -79,10 +89,9 @@ def run(
         key_mean, value_mean = (x if x.stride(-1) == 1 else x.contiguous() for x in tail[:2])
         weight, keep = weight.contiguous(), keep.contiguous().view(torch.uint8)
 
-    strided = (query, key, value, output, *((key_mean, value_mean) if tail is not None else ()))
-    strides = [stride for x in strided for stride in x.stride()[:3]]
+    means = () if tail is None else (key_mean, value_mean)
+    strides, unit = strides_in_units(query, key, value, output, *means)
     strides += [0] * (18 - len(strides))
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
 
     meta = config(block_q, block_k, query, tail is not None)
     parts_q, parts_k = -(-block_q // meta["BM"]), -(-block_k // meta["BN"])
@@ -102,7 +111,7 @@ def run(
         value_mean,
         weight,
         keep,
-        *(stride // unit for stride in strides),
+        *strides,
         Sq,
         Skv,
         H,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.launch import large, strides_in_units
 
 LOG2E = 1.4426950408889634
 
@@ -24,6 +25,8 @@ LSE = {
     (128, True): (64, 16, 4, 2),
     (256, True): (64, 16, 4, 1),
 }
+# for cards with less shared memory than Hopper's, down to the 99 KiB of the smallest
+SMALL_LSE = {**LSE, (256, True): (32, 16, 4, 1)}
 MASS = {
     (64, False): (64, 128, 4, 3),
     (128, False): (64, 128, 8, 3),
@@ -45,8 +48,8 @@ def row_lse(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     B, Sq, H, D = query.shape
     Sk, Hk = key.shape[1:3]
     out = torch.empty(B, H, Sq, dtype=torch.float32, device=query.device)
-    BM, BN, warps, stages = LSE[_kind(query)]
-    strides, unit = _strides(query, key)
+    BM, BN, warps, stages = (LSE if large(query.device) else SMALL_LSE)[_kind(query)]
+    strides, unit = strides_in_units(query, key)
     row_lse_kernel[(-(-Sq // BM), B * H)](
         query, key, out, *strides, Sq, Sk, H, H // Hk,
         # the kernels' exponentials are powers of two
@@ -67,7 +70,7 @@ def column_mass(
     Sk, Hk = key.shape[1:3]
     out = torch.empty(B, H, Sk, dtype=torch.float32, device=query.device)
     BM, BN, warps, stages = MASS[_kind(query)]
-    strides, unit = _strides(query, key)
+    strides, unit = strides_in_units(query, key)
     lse = lse.contiguous()
     weight = lse if log_weight is None else log_weight.contiguous()
     column_mass_kernel[(-(-Sk // BN), B * H)](
@@ -85,10 +88,3 @@ def _kind(query: Tensor) -> tuple[int, bool]:
 
 def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
-
-
-def _strides(query: Tensor, key: Tensor) -> tuple[list[int], int]:
-    """Strides of both in units that the compiler is told of, and the unit."""
-    strides = [*query.stride()[:3], *key.stride()[:3]]
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    return [stride // unit for stride in strides], unit

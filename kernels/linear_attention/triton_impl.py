@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.launch import large, strides_in_units
 
 # programs that are enough to fill a GPU; more only add partial states
 PROGRAMS = 512
@@ -26,7 +27,10 @@ def run(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> Tensor:
     B, Sq, H, D = query.shape
     S = key.shape[1]
     BD = max(16, 1 << (D - 1).bit_length())
-    BV, BT = min(64, BD), 64 if BD <= 128 else 32
+    BV, BT, stages = min(64, BD), 64 if BD <= 128 else 32, 3
+    if BD >= 128 and query.dtype.itemsize == 4 and not large(query.device):
+        # fits the 99 KiB of the smallest cards
+        BT, stages = 16, 1
     tiles = -(-S // BT)
     values = -(-D // BV)
     stretches = max(1, min(tiles, PROGRAMS // max(1, B * H * values)))
@@ -35,23 +39,23 @@ def run(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> Tensor:
     new = {"dtype": torch.float32, "device": query.device}
     state = torch.empty(stretches, B * H, D, D, **new)
     total = torch.empty(stretches, B * H, D, **new)
-    strides = [*key.stride()[:3], *value.stride()[:3]]
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    strides, unit = strides_in_units(key, value)
     upcast = interpreting()
     warps = 8 if BD > 128 else 4
     linear_state_kernel[(stretches, values, B * H)](
-        key, value, state, total, *(stride // unit for stride in strides), S, H, turns * BT,
+        key, value, state, total, *strides, S, H, turns * BT,
         D=D, BT=BT, BD=BD, BV=BV, UPCAST=upcast, UNIT=unit, num_warps=warps,
+        num_stages=stages,
     )
     state = state.sum(0).div_(S).to(query.dtype)
     total = total.sum(0).div_(S)
     output = torch.empty(B, Sq, H, D, dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
-    strides = [*query.stride()[:3], *output.stride()[:3]]
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    strides, unit = strides_in_units(query, output)
     linear_output_kernel[(-(-Sq // BT), B * H)](
-        query, state, total, output, *(stride // unit for stride in strides), Sq, H, eps,
+        query, state, total, output, *strides, Sq, H, eps,
         D=D, BT=BT, BD=BD, BV=BV, UPCAST=upcast, UNIT=unit, num_warps=warps,
+        num_stages=stages,
     )
     return output

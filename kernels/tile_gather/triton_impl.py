@@ -28,6 +28,7 @@ def run(
     B, S, H, D = query.shape
     HK = key.shape[2]
     N = offsets.numel() - 1
+    order, offsets = order.contiguous(), offsets.contiguous()
     q, k, v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     key_mean, value_mean = (
         torch.empty(B, HK, N, D, dtype=key.dtype, device=key.device) for _ in range(2))

@@ -37,8 +37,9 @@ def tile_select(
     """Keep the tiles of keys that stand out, as many as `density` allows a sample or a row.
 
     query: [B, S, H, D] in tile order. key_mean: [B, Hk, N, D], mean key of each tile. offsets:
-    int32 [N + 1], tokens of each tile. always: bool [N], tiles that every query keeps. dense_rows:
-    bool [N], tiles of queries that keep everything. The own tile is always kept.
+    int32 [N + 1], from 0 to S; no tile is empty, and that is trusted. always: bool [N], tiles that
+    every query keeps. dense_rows: bool [N], tiles of queries that keep everything. The own tile is
+    always kept.
     density: share of the tile pairs to keep, over all heads of a sample; with `each_row` of every
     tile of queries. probes: queries of a tile that vote.
 

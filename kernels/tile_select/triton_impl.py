@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.launch import large
 
 HEAD_DIM = 256
 TILES = 16384
@@ -18,6 +19,10 @@ def not_supported_reasons(query: Tensor, key_mean: Tensor, probes: int) -> list[
     reasons = triton_reasons(query.device, query.dtype)
     if query.shape[-1] > HEAD_DIM:
         reasons.append(f"head_dim {query.shape[-1]} is above {HEAD_DIM}")
+    if query.shape[-1] > 128 and query.dtype.itemsize == 4 and not large(query.device):
+        reasons.append(f"head_dim {query.shape[-1]} of {query.dtype} needs more shared memory")
+    if query.stride(-1) != 1:
+        reasons.append(f"the query's last dimension is not contiguous, strides {query.stride()}")
     if key_mean.shape[2] > TILES:
         reasons.append(f"{key_mean.shape[2]} tiles are more than {TILES}")
     if probes not in (1, 2, 4, 8, 16):
@@ -46,18 +51,26 @@ def run(
     if x.numel() == 0:
         return keep, indices, counts, pairs
     key_mean = key_mean if key_mean.stride(-1) == 1 else key_mean.contiguous()
-    always, dense_rows = always.view(torch.uint8), dense_rows.view(torch.uint8)
+    always, dense_rows = (x.contiguous().view(torch.uint8) for x in (always, dense_rows))
+    offsets = offsets.contiguous()
+    if each_row:
+        # whole tiles, counted in the precision of the host
+        density = int(density * N + 0.5) / N
     ROWS = max(1, 64 // probes)
     # wider takes so much shared memory that a multiprocessor holds one program
-    BN = min(64, max(16, 1 << (N - 1).bit_length()))
+    BN, stages = min(64, max(16, 1 << (N - 1).bit_length())), 3
+    BD = max(16, 1 << (D - 1).bit_length())
+    if BD * query.dtype.itemsize > 256 and not large(query.device):
+        # fits the 99 KiB of the smallest cards
+        BN, stages = 16, 1
     # the histogram starts anew at every step, so its steps are long
     BC = min(2048 // ROWS, max(16, 1 << (N - 1).bit_length()))
     tile_score_kernel[(-(-N // ROWS), B * H)](
         query, key_mean, offsets, always, dense_rows, x, stats, histogram,
         *query.stride()[:3], *key_mean.stride()[:3], S, H, H // HK, N,
-        D**-0.5 * 1.4426950408889634, D=D, BD=max(16, 1 << (D - 1).bit_length()), PROBES=probes,
+        D**-0.5 * 1.4426950408889634, D=D, BD=BD, PROBES=probes,
         ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, EACH_ROW=each_row, UPCAST=interpreting(),
-        num_warps=4,
+        num_warps=4, num_stages=stages,
     )
     BN = min(ROW, max(16, 1 << (N - 1).bit_length()))
     tile_list_kernel[(N, B * H)](

@@ -12,7 +12,7 @@ ROW = 1 << 16
 
 def not_supported_reasons(x: Tensor) -> list[str]:
     reasons = triton_reasons(x.device)
-    if x.ndim < 3 or not x[0, :1].is_contiguous() or not 0 < x[0, :1].numel() <= ROW:
+    if x.ndim < 3 or not x.numel() or not x[0, :1].is_contiguous() or x[0, 0].numel() > ROW:
         reasons.append(f"a token is not one contiguous row of at most {ROW} numbers")
     return reasons
 
@@ -25,11 +25,12 @@ def permute(x: Tensor, order: Tensor) -> Tensor:
         return out
     row = x[0, 0].numel()
     # whole 16-byte pieces where the row and its start allow
-    width = 8 if all(n % 8 == 0 for n in (row, *x.stride()[:2])) else 1
+    whole = all(n % 8 == 0 and n < 1 << 31 for n in (row, *x.stride()[:2]))
+    width = 8 if whole else 1
     BT = 16
     permute_tokens_fwd_kernel[(-(-x.shape[1] // BT), x.shape[0])](
-        x, out, order, x.stride(0) // width, x.stride(1) // width, x.shape[1], ROW=row, BT=BT,
-        BR=min(1 << (row - 1).bit_length(), 512), UNIT=width, num_warps=4)
+        x, out, order.contiguous(), x.stride(0) // width, x.stride(1) // width, x.shape[1],
+        ROW=row, BT=BT, BR=min(1 << (row - 1).bit_length(), 512), UNIT=width, num_warps=4)
     return out
 
 

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.launch import shared_memory, strides_in_units
 
 # scores that one program holds
 TOKENS = 32768
+# bytes of shared memory of a block that so many may take, and how many a card with less gets
+SHARED, SMALL_TOKENS = 128 << 10, 8192
 
 # 4-byte input -> (dropped tokens a program, kept tokens a turn, channels a product, warps, stages)
 CONFIGS = {False: (64, 128, 64, 4, 4), True: (64, 64, 32, 4, 2)}
@@ -16,8 +19,11 @@ CONFIGS = {False: (64, 128, 64, 4, 4), True: (64, 64, 32, 4, 2)}
 
 def not_supported_reasons(device: torch.device, dtype: torch.dtype, tokens: int) -> list[str]:
     reasons = triton_reasons(device, dtype)
-    if tokens > TOKENS:
-        reasons.append(f"{tokens} tokens are more than {TOKENS}")
+    most = TOKENS
+    if not reasons and shared_memory(device) < SHARED:
+        most = SMALL_TOKENS
+    if tokens > most:
+        reasons.append(f"{tokens} tokens are more than {most}")
     return reasons
 
 
@@ -46,12 +52,11 @@ def stand_ins(
     batch, tokens, width = query.shape
     place = torch.empty(batch, tokens, dtype=torch.int64, device=query.device)
     BM, BN, BD, warps, stages = CONFIGS[query.dtype.itemsize == 4]
-    strides = [*query.stride()[:2], *key.stride()[:2]]
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    strides, unit = strides_in_units(query, key)
     tiles = -(-max(kept.shape[1], dropped.shape[1]) // BM)
     stand_ins_kernel[(tiles, batch)](
         query, key, kept.contiguous(), dropped.contiguous(), place,
-        *(stride // unit for stride in strides), tokens, kept.shape[1],
+        *strides, tokens, kept.shape[1],
         C=width, BM=BM, BN=BN, BD=BD, UPCAST=interpreting(), UNIT=unit,
         num_warps=warps, num_stages=stages,
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
+from fastdiff.kernels.launch import large, strides_in_units
 
 from .geometry import Window, boxes, table
 from .text import fill_text
@@ -18,6 +19,13 @@ CONFIGS = {
     (64, True): (64, 32, 4, 2),
     (128, True): (64, 16, 4, 2),
     (256, True): (64, 16, 4, 1),
+}
+# for cards with less shared memory than Hopper's, down to the 99 KiB of the smallest
+SMALL_CONFIGS = {
+    **CONFIGS,
+    (128, False): (64, 64, 4, 2),
+    (256, False): (64, 16, 4, 2),
+    (256, True): (32, 16, 4, 1),
 }
 
 
@@ -51,15 +59,15 @@ def arguments(
     """(arguments, compile-time settings, programs) of one launch."""
     B, S, H, D = query.shape
     BD = max(16, 1 << (D - 1).bit_length())
-    BM, BN, warps, stages = CONFIGS[max(64, BD), query.dtype.itemsize == 4]
+    configs = CONFIGS if large(query.device) else SMALL_CONFIGS
+    BM, BN, warps, stages = configs[max(64, BD), query.dtype.itemsize == 4]
     found = boxes(window, BM, BN)
-    strides = [n for x in (query, key, value, output) for n in x.stride()[:3]]
-    unit = 8 if all(n % 8 == 0 for n in strides) else 1
+    strides, unit = strides_in_units(query, key, value, output)
     low, high = table(window, query.device)
     args = (
         query, key, value, output, low, high,
         low if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        *(n // unit for n in strides), *window.grid, *found.tiles[1:], before, S, H,
+        *strides, *window.grid, *found.tiles[1:], before, S, H,
         H // key.shape[2],
         # the kernel's exponentials are powers of two
         scale * 1.4426950408889634,

@@ -183,6 +183,13 @@ def test_refusals_name_the_offender():
                                   "value": args["value"][:, :, :, :32]})  # fmt: skip
 
 
+    with pytest.raises(ValueError, match="key_offsets must be contiguous"):
+        offsets = args["key_offsets"].repeat_interleave(2)[::2]
+        block_sparse_attention(**{**args, "key_offsets": offsets})
+    with pytest.raises(ValueError, match="devices differ"):
+        block_sparse_attention(**{**args, "value": args["value"].to("meta")})
+
+
 def test_auto_on_the_cpu_is_torch():
     args = Case().build()
     chosen, named = (block_sparse_attention(**args, impl=impl) for impl in ("auto", "torch"))

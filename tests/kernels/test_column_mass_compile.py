@@ -24,10 +24,11 @@ def compiled(kernel: str, dim: int) -> str:
     from test_hopper_compile import sass
 
     from fastdiff.kernels.column_mass import triton_impl, triton_kernel
+    from fastdiff.kernels.launch import strides_in_units
 
     x = torch.empty(2, 300, 20, dim, dtype=torch.float16)
     f = torch.empty(2, 20, 300)
-    strides, unit = triton_impl._strides(x, x)
+    strides, unit = strides_in_units(x, x)
     tables = {"lse": triton_impl.LSE, "mass": triton_impl.MASS}
     BM, BN, warps, stages = tables[kernel][triton_impl._kind(x)]
     options = {"D": dim, "BM": BM, "BN": BN, "BD": triton_impl._padded(dim), "UPCAST": False,

@@ -23,14 +23,14 @@ FEW = {"ragged tail": {"ragged": True, "tail": True}}
 WINDOWS = {"windows": {}, "windows, D=64, masked": {"dim": 64, "masked": True}}
 
 
-def stand_in() -> None:
-    """Make triton believe in a Hopper GPU; warmup() then compiles and never launches."""
+def stand_in(capability: int = 90) -> None:
+    """Make triton believe in a GPU, Hopper's at first; warmup() then compiles, never launches."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    class Hopper:
+    class Card:
         def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
+            return GPUTarget("cuda", capability, 32)
 
         def get_current_device(self):
             return 0
@@ -41,8 +41,8 @@ def stand_in() -> None:
         def map_python_to_cpp_type(self, ty):
             return ty
 
-    hopper: Any = Hopper()
-    driver.set_active(hopper)
+    card: Any = Card()
+    driver.set_active(card)
 
 
 def blocks(tokens=32768, dim=128, block_k=128, tail=False, lse=False, ragged=False,

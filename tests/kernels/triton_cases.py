@@ -135,6 +135,40 @@ def test_tile_select(dtype, case):
         assert found.pairs == ((found.keep * length).sum(-1) * length).sum()
 
 
+def test_tile_select_rounds_as_the_host_does():
+    """0.145 of 100 tiles are 14 in its precision, and 15 in float32."""
+    q, mean = (torch.randn(shape, device=DEVICE) for shape in ((1, 100, 1, 16), (1, 1, 100, 16)))
+    offsets, none = torch.arange(101).int().to(DEVICE), torch.zeros(100).bool().to(DEVICE)
+    found = tile_select(q, mean, offsets, none, none, density=0.145, each_row=True, impl="triton")
+    assert (found.counts == 14).all()
+
+
+def test_lists_need_not_be_contiguous():
+    g = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, 40, 2, 16, generator=g).to(DEVICE) for _ in range(2))
+    order, offsets = torch.randperm(40, generator=g).to(DEVICE), equal_offsets(40, 16).to(DEVICE)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack((x, torch.zeros_like(x)), 1)[:, 0]
+
+    assert torch.equal(permute_tokens(q, apart(order), impl="triton"), q[:, order])
+    for a, b in zip(block_pool(k, apart(offsets), block=16, impl="triton"),
+                    block_pool(k, offsets, block=16, impl="torch"), strict=True):
+        torch.testing.assert_close(a, b)
+    gathered = tile_gather(q, k, k, order, offsets, block=16, impl="torch")
+    found = tile_gather(q, k, k, apart(order), apart(offsets), block=16, impl="triton")
+    for a, b in zip(found, gathered, strict=True):
+        torch.testing.assert_close(a, b)
+    some = torch.tensor([False, True, False], device=DEVICE)
+    options = {"density": 0.5, "impl": "triton"}
+    near = tile_select(q, gathered.key_mean, offsets, some, some, **options)
+    far = tile_select(q, gathered.key_mean, *map(apart, (offsets, some, some)), **options)
+    assert torch.equal(near.keep, far.keep)
+    with pytest.raises(ValueError, match="last dimension is not contiguous"):
+        tile_select(q.mT.contiguous().mT, gathered.key_mean, offsets, some, some, density=0.5,
+                    impl="triton")
+
+
 def test_tile_select_of_rows_in_parts(monkeypatch):
     from fastdiff.kernels.tile_select import triton_impl
 
