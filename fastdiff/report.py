@@ -120,6 +120,12 @@ class Report:
         for i, layer in enumerate(self.layers):
             self.layers[i] = LayerReport(layer.name, layer.index, layer.policy)
 
+    def finish(self) -> None:
+        """Read every timer of the device; what is left is plain data, which can be kept."""
+        for layer in self.layers:
+            layer._older[3] = layer.seconds
+            layer._clock.clear()
+
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer that was called, in order of use."""
         used = [layer for layer in self.layers if layer.index >= 0]

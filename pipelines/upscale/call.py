@@ -61,7 +61,7 @@ class Upscale:
         method, pipe = self.method, self.pipe
         clip = pipe.__dict__.get(CLIP)
         folder = self._folder(asked, clip)
-        frames = self._first(asked, clip, folder)
+        frames, stopped = self._first(asked, clip, folder)
         size, native = self._size(), self._native(asked, frames)
         grown = math.sqrt(size.height * size.width / math.prod(native))
         shift = self._shift(grown)
@@ -78,8 +78,8 @@ class Upscale:
 
         run = Refinement(
             fresh(), steps, kept, shift, grown, clean, self.host.clock,
-            lambda share: self._tell(native, frames, kept, steps, share, resumed),
-            self._saving(folder, kept), resumed)
+            lambda share: self._begun(native, frames, kept, steps, share, resumed, stopped),
+            self._saving(folder, kept), resumed, stopped)
         left = kept - (0 if resumed is None else resumed.done)
         asked.update(height=size.height, width=size.width, num_inference_steps=left)
         asked.update({name: native for name in self.upscaling.as_trained
@@ -90,10 +90,14 @@ class Upscale:
         self._enter(run, native, stack)
         stack.enter_context(vae_in_tiles(pipe.vae, size))
         if folder is not None:
-            stack.push(lambda kind, *_: folder.finish() if kind is None else None)
+            stack.push(lambda kind, *_: folder.finish() if kind is None and (
+                stopped or not _interrupted(pipe)) else None)
 
     def _check(self, asked: dict[str, Any]) -> None:
         check_no_schedule(asked, f"does {self.method.name}")
+        schedule.check_shift(self.pipe.scheduler, self._given_shift())
+        if asked.get("height") and asked.get("width"):
+            self._check_grown(asked["height"], asked["width"])
         for name, part in self.models.items():
             model: Any = part.model
             if getattr(model, "is_cache_enabled", False):
@@ -113,11 +117,12 @@ class Upscale:
         cell = self._staging.cell(self.pipe)
         return Size(height, width, height // cell, width // cell)
 
+    def _given_shift(self) -> float | None:
+        return self.upscaling.shift if self.method.shift is None else self.method.shift
+
     def _shift(self, grown: float) -> float | None:
-        for given in (self.method.shift, self.upscaling.shift):
-            if given is not None:
-                return given
-        return schedule.shift_for(self.pipe.scheduler, grown)
+        given = self._given_shift()
+        return schedule.shift_for(self.pipe.scheduler, grown) if given is None else given
 
     def _scheduler(self, shift: float | None) -> Callable[[], Any]:
         scheduler = self.pipe.scheduler
@@ -136,22 +141,28 @@ class Upscale:
         key = call_key(self.pipe, about, {**others, "clip": clip, "generator": generators})
         return Folder(root, key, generators)
 
-    def _first(self, asked: dict[str, Any], clip: Tensor | None, folder: Folder | None) -> Tensor:
-        """The clip of stage one: given, made before, or made now. [B, F, 3, H, W] in 0..1."""
+    def _first(
+        self, asked: dict[str, Any], clip: Tensor | None, folder: Folder | None
+    ) -> tuple[Tensor, bool]:
+        """The clip of stage one: given, made before, or made now, [B, F, 3, H, W] in 0..1.
+
+        And whether the user stopped it before its end.
+        """
         if clip is not None:
-            return clip
+            return clip, False
         found = None if folder is None else folder.clip()
         if found is not None:
-            return found
+            return found, False
         call = {**asked, "output_type": "pt", "return_dict": True}
         call.pop("self", None)
         with attributes(self.pipe, **{AROUND: None}):
             made = self.pipe(**call)
         frames = getattr(made, "frames", None)
         frames = made.images[:, None] if frames is None else frames
-        if folder is not None:
+        stopped = _interrupted(self.pipe)
+        if folder is not None and not stopped:
             folder.save_clip(frames)
-        return frames
+        return frames, stopped
 
     def _native(self, asked: dict[str, Any], frames: Tensor) -> tuple[int, int]:
         """The trained size in pixels: that of the clip made, or what the call of a given one says.
@@ -159,13 +170,16 @@ class Upscale:
         height, width = asked.get("height"), asked.get("width")
         if CLIP not in self.pipe.__dict__ or not height or not width:
             height, width = frames.shape[-2:]
+        self._check_grown(height, width)
+        return int(height), int(width)
+
+    def _check_grown(self, height: int, width: int) -> None:
         target = self.method.target
         if height > target[0] or width > target[1]:
             raise ValueError(
                 f"target={target[0]}x{target[1]} is smaller than the size of the call, {height}x"
                 f"{width}: height and width are those of the first stage, at which the model was "
                 "trained, and the target is at least as large")
-        return int(height), int(width)
 
     def _check_frames(self, asked: dict[str, Any], frames: Tensor) -> None:
         count = frames.shape[1]
@@ -221,8 +235,8 @@ class Upscale:
         model: nn.Module = self.part.model
         return self._staging.cell(self.pipe) * self._staging.unit(model)
 
-    def _tell(self, native: tuple[int, int], frames: Tensor, kept: int, steps: int, share: float,
-              resumed: Checkpoint | None) -> None:
+    def _begun(self, native: tuple[int, int], frames: Tensor, kept: int, steps: int, share: float,
+               resumed: Checkpoint | None, stopped: bool) -> None:
         def say(what: str, value: str) -> None:
             self.host.report.tell(self.method.name, what, value)
 
@@ -234,9 +248,17 @@ class Upscale:
             f"{self.method.mode}")
         if resumed is not None:
             say("gone on", f"after step {resumed.done} of {kept}")
+        if stopped:
+            # the pipeline, which forgot it when its call began, asks before every step
+            self.pipe._interrupt = True
+            say("stopped", "in stage 1; what it had is resized")
         stretched = (target[0] / target[1]) / (native[0] / native[1])
         if not 0.95 < stretched < 1.05:
             say("shape", f"{native[0]}x{native[1]} is stretched to the target's shape")
+
+
+def _interrupted(pipe: Any) -> bool:
+    return bool(getattr(pipe, "_interrupt", False))
 
 
 def _sides(axes: tuple[Any, Any]) -> str:

@@ -29,7 +29,8 @@ class Refinement:
     scheduler: a stock copy of the user's. steps, kept: of the whole schedule, and how many are
     run. shift, grown: see schedule.write. clean: latents of the encoded clip as the pipeline holds
     its own, given those; not called when a checkpoint is gone on from. begun: told the first noise
-    share before the first step. saved: given a checkpoint after each step.
+    share before the first step. saved: given a checkpoint after each step. stopped: no noise is put
+    on the clip, for a call that makes no step.
     """
 
     scheduler: Any
@@ -42,6 +43,7 @@ class Refinement:
     begun: Callable[[float], None]
     saved: Callable[[Checkpoint], None] = lambda checkpoint: None
     resumed: Checkpoint | None = None
+    stopped: bool = False
     timesteps: Tensor | None = None
     sigmas: Tensor | None = None
     _latents: Tensor | None = None
@@ -102,7 +104,7 @@ class Refinement:
         """Put the noise on the clip, in place: some pipelines prepare latents before timesteps."""
         if self._latents is None or self._noise is None or self.timesteps is None:
             return
-        signal, noise = self.level
+        signal, noise = Level(1.0, 0.0) if self.stopped else self.level
         clean = self.clean(self._latents).to(self._noise.device)
         self._latents.copy_(signal * clean + noise * self._noise)
         if self._latents.is_cuda:

@@ -14,6 +14,13 @@ def kept_steps(steps: int, strength: float) -> int:
     return min(max(1, int(round(steps * strength, 6))), steps)
 
 
+def check_shift(scheduler: Any, shift: float | None) -> None:
+    """Refuse a scheduler that cannot be cut, or a shift that it does not have."""
+    if kind_of(scheduler) != "flow" and shift is not None:
+        raise ValueError(f"shift={shift:g} is for flow matching, and {type(scheduler).__name__} "
+                         "here is none: leave shift out")
+
+
 def rebuilt(scheduler: Any, shift: float | None) -> Any:
     """A stock copy of the user's scheduler, with another shift of its flow schedule.
 
@@ -22,9 +29,7 @@ def rebuilt(scheduler: Any, shift: float | None) -> Any:
     copied = own_copy(scheduler)
     if shift is None:
         return copied
-    if kind_of(copied) != "flow":
-        raise ValueError(f"shift={shift:g} is for flow matching, and {type(copied).__name__} here "
-                         "is none: leave shift out")
+    check_shift(copied, shift)
     if copied.config.get("use_dynamic_shifting"):
         # follows the size by itself; the given shift takes the place of what it would find
         return copied

@@ -104,16 +104,25 @@ def call_key(pipe: Any, method: dict[str, Any], arguments: dict[str, Any]) -> st
     denoisers = {name: [str(getattr(part, "dtype", "")), _weights(part)]
                  for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
                  and name in ("transformer", "transformer_2", "unet")}
-    told = json.dumps([type(pipe).__name__, denoisers, method, about], sort_keys=True)
+    scheduler = [type(pipe.scheduler).__name__, {
+        name: str(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}]
+    told = json.dumps([type(pipe).__name__, denoisers, scheduler, method, about], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _weights(model: torch.nn.Module) -> str:
-    """A few numbers of some parameters: tells checkpoints apart without reading them whole."""
+    """A few numbers of some parameters: tells checkpoints apart without reading them whole.
+
+    Of a LoRA a few of every one, and how much it counts.
+    """
     names = [*model.named_parameters()]
     few = names[:: max(1, len(names) // 8)]
-    return _digest(repr([(name, tuple(p.shape), p.flatten()[:4].float().tolist())
-                         for name, p in few if p.device.type != "meta"]).encode())
+    few += [(name, p) for name, p in names if "lora_" in name]
+    told = [(name, tuple(p.shape), p.flatten()[:4].float().tolist())
+            for name, p in few if p.device.type != "meta"]
+    scales = [(name, module.scaling, module.active_adapters) for name, module in
+              model.named_modules() if isinstance(getattr(module, "scaling", None), dict)]
+    return _digest(repr([told, scales]).encode())
 
 
 def _told(value: Any) -> Any:
