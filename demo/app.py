@@ -2,6 +2,7 @@
 
 import html
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -43,6 +44,13 @@ def build(house: House) -> gr.Blocks:
         with side:
             bar.upload()
         bar.on_load(blocks)
+        # a page that is loaded again finds its results by what its browser alone knows
+        visitor = gr.BrowserState("", storage_key="fastdiff-visitor")
+
+        def came(request: gr.Request, token: Any) -> str:
+            return house.shelf.welcome(str(request.session_hash), token)
+
+        blocks.load(came, [visitor], [visitor], show_progress="hidden", api_visibility="private")
 
         def left(request: gr.Request) -> None:
             house.leave(str(request.session_hash))

@@ -1,4 +1,4 @@
-"""The history tab: the last results of this page, with their settings and files."""
+"""The history tab: the last results of this browser, with their settings and files."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ class HistoryTab:
 
     def __init__(self, house: House, bar: SettingsBar, tab: gr.Tab) -> None:
         self._house, self._bar = house, bar
-        self.none = gr.HTML(live.note("Nothing yet: the last results of this page appear here, the "
-                                      "newest first."))
+        self.none = gr.HTML(live.note("Nothing yet: the last results of this browser appear here, "
+                                      "the newest first."))
         self.gallery = gr.Gallery(show_label=False, columns=6, height=200,
                                   object_fit="contain", rows=1,
                                   interactive=False, visible=False, allow_preview=False,

@@ -17,13 +17,15 @@ from fastdiff.demo.render import Made, Renderer
 from fastdiff.demo.wish import Wish
 
 PREFIX = "fastdiff-demo-"
-HOLD = 600  # seconds that a page may take to fetch its result
+HOLD = 600  # seconds that a page may take to fetch its result, or to come back
+_PAGES = 10_000
 
 
 @dataclass(frozen=True)
 class Entry:
     """One finished result. files: paths by what they show: fast, stock, difference, settings.
 
+    user: the token of a browser, or the page where there is none.
     facts: figures of the comparison; None where there is no stock result.
     """
 
@@ -55,6 +57,9 @@ class Shelf:
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._held: set[str] = set()
         self._rooms: OrderedDict[str, Path] = OrderedDict()
+        # tokens of browsers by their open pages, and since when those without one are away
+        self._pages: OrderedDict[str, str] = OrderedDict()
+        self._away: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def put(self, user: str, made: Made, renderer: Renderer) -> Entry:
@@ -63,7 +68,7 @@ class Shelf:
         folder = self.folder / key
         folder.mkdir(mode=0o700)
         try:
-            entry = _write(folder, key, user, made, renderer)
+            entry = _write(folder, key, self._pages.get(user, user), made, renderer)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -100,18 +105,48 @@ class Shelf:
     def of(self, user: str) -> list[Entry]:
         """The results of a visitor, the last one first."""
         with self._lock:
-            return [entry for entry in reversed(self._entries.values()) if entry.user == user]
+            owner = self._pages.get(user, user)
+            return [entry for entry in reversed(self._entries.values()) if entry.user == owner]
+
+    def welcome(self, user: str, token: Any) -> str:
+        """A page begins. token: what its browser kept, checked. Returns what it is to keep."""
+        self._drop_long_away()
+        with self._lock:
+            known = token in (*self._pages.values(), *self._away)
+            owner = self._pages[user] = token if known else secrets.token_urlsafe(16)
+            self._away.pop(owner, None)
+            if len(self._pages) > _PAGES:
+                self._pages.popitem(last=False)
+            return owner
 
     def forget(self, user: str) -> None:
-        """Delete the results of a visitor who has left."""
+        """A page was closed: its results go, after a while where its browser may come back."""
         with self._lock:
             room = self._rooms.pop(user, None)
+            owner = self._pages.pop(user, None)
+            if owner is not None and owner not in self._pages.values():
+                self._away[owner] = time.time()
         if room is not None:
             shutil.rmtree(room, ignore_errors=True)
-        for entry in self.of(user):
-            with self._lock:
-                self._entries.pop(entry.key, None)
-            shutil.rmtree(self.folder / entry.key, ignore_errors=True)
+        if owner is None:
+            self._delete(user)
+        self._drop_long_away()
+
+    def _drop_long_away(self) -> None:
+        with self._lock:
+            gone = [owner for owner, since in self._away.items() if since < time.time() - HOLD]
+            for owner in gone:
+                del self._away[owner]
+        for owner in gone:
+            self._delete(owner)
+
+    def _delete(self, owner: str) -> None:
+        with self._lock:
+            keys = [entry.key for entry in self._entries.values() if entry.user == owner]
+            for key in keys:
+                del self._entries[key]
+        for key in keys:
+            shutil.rmtree(self.folder / key, ignore_errors=True)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -207,6 +207,8 @@ def test_history_and_a_link_bring_settings_back(page, address):
     page.get_by_role("button", name="Files and link").first.click()
     link = page.input_value("#image-link textarea")
     number(page, "image-seed", 5)
+    page.reload()
+    page.wait_for_selector("#preset")
     tab(page, "History")
     page.locator("#history-gallery button img").first.click()
     page.click("#history-again")
@@ -248,6 +250,9 @@ def test_two_people_at_once(browser, page, address, house):
     page.click("#video-stop")
     done(other, "image")
     # a page that closes takes its jobs along
+    tab(other, "History")
+    other.wait_for_selector("#history-gallery button img")
+    assert other.locator("#history-gallery button img").count() == 1
     generate(other, "video", steps=5000)
     other.wait_for_selector("#video-live:has-text('step')")
     other_context.close()

@@ -21,6 +21,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from fastdiff.cli.errors import InputError
+from fastdiff.demo import shelf as shelf_module
 from fastdiff.demo.batch_tab import BatchTab
 from fastdiff.demo.method_panel import MethodPanel
 from fastdiff.demo.server import Place, serve
@@ -321,6 +322,29 @@ def test_what_a_visitor_made_goes_with_him(house):
     house.leave("a")
     assert running.over.wait(LONG) and running.state == STOPPED
     assert not folder.exists() and house.shelf.of("a") == []
+
+
+def test_a_browser_finds_its_results_again_and_nobody_else_does(house, monkeypatch):
+    shelf = house.shelf
+    token = shelf.welcome("page 1", "")
+    assert len(token) > 20 and shelf.welcome("stranger", "") != token
+    job = house.ask("page 1", Wish("image", "a cat", steps=1))
+    assert job.over.wait(LONG)
+    folder = job.result.files["fast"].parent
+    house.leave("page 1")
+    assert shelf.of("page 1") == [] and folder.exists()
+    for guess in ("", "page 1", "x" * 22, token[:-1], None, ["x"]):
+        assert shelf.welcome("stranger", guess) != token and shelf.of("stranger") == []
+    assert shelf.welcome("page 2", token) == token and shelf.of("page 2") == [job.result]
+    # the new page may come before the old one is known to have left
+    assert shelf.welcome("page 3", token) == token
+    house.leave("page 2")
+    assert shelf.of("page 3") == [job.result]
+    house.leave("page 3")
+    now = time.time()
+    monkeypatch.setattr(shelf_module.time, "time", lambda: now + shelf_module.HOLD + 1)
+    assert shelf.welcome("page 4", token) != token
+    assert shelf.of("page 4") == [] and not folder.exists()
 
 
 def test_the_command_starts_serves_and_cleans_up(folder, tmp_path):
