@@ -24,8 +24,9 @@ def linear_attention(
 
     query: [B, Sq, H, D]; key, value: [B, S, H, D]. Any strides, D contiguous.
     eps: added to the denominator.
-    returns: [B, Sq, H, D] in query's dtype. The state phi(k)^T v and all sums are float32 (float64
-        for float64 input). Every key counted twice changes nothing.
+    returns: [B, Sq, H, D] in query's dtype. All sums are float32 (float64 for float64 input); the
+        Triton kernel rounds features and the state phi(k)^T v / S to the input's dtype for its
+        products, so these must be in range. Every key counted twice changes nothing.
 
     4 B S H D^2 floating-point operations, one D x D state a head. Only "torch" and "reference"
     can be differentiated; "auto" takes torch where gradients are wanted. Source: the operator of
