@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting
-from fastdiff.kernels.launch import shared_memory, strides_in_units
+from fastdiff.kernels.launch import large, strides_in_units
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 QUERY_CONFIGS = {
@@ -28,8 +28,6 @@ KEY_CONFIGS = {
 }
 # entries of the keep map that are sorted at a time: 0.5 GiB of int64
 SORTED = 1 << 26
-# bytes of shared memory a block may have, that the tables above count on
-SHARED = 160 << 10
 # programs that fill a large GPU a few times over
 PROGRAMS = 512
 
@@ -43,7 +41,7 @@ def config(
     """Tile shape and launch shape: never wider than the blocks, no tuning at run time."""
     BD = max(16, 1 << (like.shape[-1] - 1).bit_length())
     BM, BN, warps, stages = table[max(64, BD), like.dtype.itemsize == 4]
-    if shared_memory(like.device) < SHARED:
+    if not large(like.device):
         # four tiles of 16 KiB fit every card
         limit = max(16, (16 << 10) // (BD * like.dtype.itemsize))
         BM, BN, stages = min(BM, limit), min(BN, limit), 1

@@ -17,13 +17,14 @@ CASES = [
     ("blocks", "bfloat16", 64), ("blocks", "bfloat16", 128), ("blocks", "bfloat16", 160),
     ("blocks", "float32", 256), ("windows", "bfloat16", 128), ("windows", "float16", 256),
     ("select", "bfloat16", 256), ("linear", "float32", 128), ("linear", "float32", 256),
-    ("mass", "float32", 256),
+    ("mass", "float32", 256), ("backward", "float32", 256),
 ]
 
 
 def launch(operation: str, dtype: torch.dtype, dim: int) -> None:
     """One call of an operation's host code."""
     from fastdiff.kernels import column_mass, linear_attention, tile_select
+    from fastdiff.kernels.block_sparse_attention import triton_backward as backward
     from fastdiff.kernels.block_sparse_attention import triton_impl as blocks
     from fastdiff.kernels.window_attention import triton_impl as windows
     from fastdiff.kernels.window_attention.geometry import Window
@@ -37,6 +38,10 @@ def launch(operation: str, dtype: torch.dtype, dim: int) -> None:
         tail = (mean, mean, torch.ones(1, 8), torch.zeros(1, 2, 8, 8, dtype=torch.bool))
         blocks.run(x, x, x, lists, lists[..., 0], offsets, offsets, block_q=128, block_k=128,
                    key_mask=None, tail=tail, scale=0.1, return_lse=True)
+    elif operation == "backward":
+        lists, lse = torch.zeros(1, 2, 8, 8, dtype=torch.int32), torch.zeros(1, 2, 1000)
+        backward.run(x, lse, x, x, x, x, lse, lists, lists[..., 0], offsets, offsets, block_q=128,
+                     block_k=128, key_mask=None, tail=None, scale=0.1)
     elif operation == "windows":
         args, settings, grid = windows.arguments(
             x, x, x, x, Window((1, 30, 30), (1, 11, 13)), before=0,
