@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from types import MethodType
 from typing import Any
 from weakref import ref
@@ -30,8 +29,9 @@ _NOT_DENOISER_HOMES = ("diffusers.models.autoencoders.", "diffusers.models.contr
 
 
 def enable(
-    target: Any, /, *methods: str | Method, plan: str | Path | dict[str, Any] | None = None,
-    strict: bool | None = None, **options: Any,
+    target: Any, /, *methods: str | Method,
+    plan: str | os.PathLike[str] | dict[str, Any] | None = None, strict: bool | None = None,
+    **options: Any,
 ) -> Handle:
     """Switch FastDiff on for a pipeline, a ModularPipeline or a bare diffusers model.
 

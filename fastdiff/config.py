@@ -152,17 +152,22 @@ def to_plan(given: Sequence[Method]) -> dict[str, Any]:
     return {"fastdiff_plan": 1, "methods": [method.to_dict() for method in given]}
 
 
-def from_plan(plan: str | Path | dict[str, Any]) -> tuple[Method, ...]:
+def from_plan(plan: str | PathLike[str] | dict[str, Any]) -> tuple[Method, ...]:
     """Read a plan from a dict or a JSON file."""
-    if isinstance(plan, (str, Path)):
+    if isinstance(plan, (str, PathLike)):
         path = Path(plan)
         if not path.is_file():
-            raise ValueError(f"plan file {str(path)!r} does not exist")
+            missing = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"plan file {str(path)!r} {missing}")
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"plan file {str(path)!r} is not JSON: {error}") from None
-    if not isinstance(plan, dict) or plan.get("fastdiff_plan") != 1:
+    version = plan.get("fastdiff_plan") if isinstance(plan, dict) else None
+    if isinstance(version, int) and version > 1:
+        raise ValueError(f"a plan of version {version}, and this FastDiff reads version 1: update "
+                         "it (pip install -U diffusers-fastdiff), or calibrate again")
+    if not isinstance(plan, dict) or version != 1:
         raise ValueError("not a plan: expected an object with \"fastdiff_plan\": 1")
     entries = plan.get("methods")
     if not isinstance(entries, list) or not all(

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastdiff.clock import StepClock
 from fastdiff.method import Host
+from fastdiff.policies.modes import MODES
 
 AGAIN = "run `fastdiff calibrate` for this model and size"
 
@@ -44,13 +46,49 @@ class Calibration:
             raise ValueError("calibration is not what `fastdiff calibrate` writes: it needs "
                              "model, scheduler, steps, layers and begins")
         made = cls(**{"scheduler": None, **{k: v for k, v in given.items() if k in known}})
-        for name in ("density", "modes"):
-            table = getattr(made, name)
-            shape = (len(made.begins), len(made.layers))
-            if table is not None and any((len(table), len(row)) != shape for row in table):
-                raise ValueError(f"the calibration's {name} table must have {shape[0]} ranges of "
-                                 f"{shape[1]} layers")
+        made._check_bound()
+        for name, fits, accepted in (
+                ("density", _is_density, "a number from 0 to 1, or one for each head"),
+                ("modes", _is_modes, f"a letter of {MODES} for each head")):
+            made._check_table(name, fits, accepted)
+        stripes = made.stripes or {}
+        bits = [bits for heads in stripes.values() for bits in _values(heads)] \
+            if isinstance(stripes, dict) else [None]
+        _need("stripes", all(isinstance(one, str) and _is_hexadecimal(one) for one in bits),
+              "key blocks by layer and head, as the bits of a hexadecimal number")
         return made
+
+    def _check_bound(self) -> None:
+        """Refuse what names no model, run or layers: a file that was edited or is damaged."""
+        _need("model", bool(self.model) and isinstance(self.model, dict) and all(
+            map(_is_described, self.model.values())), "class and config of each denoiser")
+        _need("scheduler", self.scheduler is None or _is_described(self.scheduler),
+              "its class and config, or null")
+        _need("steps", _is_count(self.steps), "a number of steps, 1 or more")
+        _need("layers", isinstance(self.layers, list) and all(
+            layer is None or (isinstance(layer, (list, tuple)) and len(layer) == 4
+                              and all(map(_is_count, layer))) for layer in self.layers),
+            "[heads, frames, height, width] or null for each layer")
+        begins = self.begins
+        _need("begins", isinstance(begins, list) and begins[:1] == [0]
+              and all(map(_is_count, begins[1:])) and begins == sorted({*begins}),
+              "first step of each range, 0 and then upwards")
+        _need("found", isinstance(self.found, dict), "figures by name")
+
+    def _check_table(self, name: str, fits: Callable[[Any, int], bool], accepted: str) -> None:
+        table = getattr(self, name)
+        if table is None:
+            return
+        shape = (len(self.begins), len(self.layers))
+        if not isinstance(table, list) or len(table) != shape[0] or any(
+                not isinstance(row, list) or len(row) != shape[1] for row in table):
+            raise ValueError(f"the calibration's {name} table must have {shape[0]} ranges of "
+                             f"{shape[1]} layers")
+        for part, row in enumerate(table):
+            for layer, (entry, known) in enumerate(zip(row, self.layers, strict=True)):
+                # a layer that never ran sparse has an entry that nobody reads
+                _need(f"{name} of range {part}, layer {layer}",
+                      known is None or fits(entry, known[0]), accepted)
 
     def __repr__(self) -> str:
         return f"Calibration({self.title()})"
@@ -106,6 +144,39 @@ class Calibration:
         """Density of this layer now: one number, or one for each head."""
         assert self.density is not None
         return self.density[self.range_of(clock)][index]
+
+
+def _need(what: str, ok: bool, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"the calibration's {what} is not what `fastdiff calibrate` writes: "
+                         f"accepted is {accepted}")
+
+
+def _is_described(given: Any) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("class"), str) \
+        and isinstance(given.get("config"), dict)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_density(entry: Any, heads: int) -> bool:
+    each = entry if isinstance(entry, (list, tuple)) else [entry] * heads
+    return len(each) == heads and all(
+        isinstance(one, (int, float)) and 0 <= one <= 1 for one in each)
+
+
+def _is_modes(entry: Any, heads: int) -> bool:
+    return isinstance(entry, str) and len(entry) == heads and {*entry} <= {*MODES}
+
+
+def _is_hexadecimal(text: str) -> bool:
+    return bool(text) and {*text.lower()} <= {*"0123456789abcdef"}
+
+
+def _values(given: Any) -> list[Any]:
+    return [*given.values()] if isinstance(given, dict) else [None]
 
 
 def described(part: Any) -> dict[str, Any]:
