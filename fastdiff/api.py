@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -68,6 +68,21 @@ def enable(
             enable(owner, *before.methods, strict=before.strict)
         raise
     return handle
+
+
+@contextmanager
+def as_before(target: Any) -> Iterator[tuple[tuple[Method, ...], bool | None]]:
+    """Put back, in the end, what is on now, where it was. Gives its methods and `strict`."""
+    handle = handle_of(target)
+    # may be another pipeline, which shares the model
+    owner = _owner(handle)
+    on = (handle.methods, handle.strict) if isinstance(handle, Handle) else ((), None)
+    try:
+        yield on
+    finally:
+        disable(target)
+        if owner is not None:
+            enable(owner, *on[0], strict=on[1])
 
 
 def _owner(handle: Handle | Off) -> Any:

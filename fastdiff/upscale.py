@@ -36,21 +36,12 @@ def upscale_video(
     """
     knobs = {name: arguments.pop(name) for name in _KNOBS if name in arguments}
     method = FreeSwim(target=target, **knobs)
-    handle = api.handle_of(pipe)
-    # may be another pipeline, which shares the model
-    owner = api._owner(handle)
-    before = handle.methods if isinstance(handle, api.Handle) else ()
-    strict = handle.strict if isinstance(handle, api.Handle) else None
     clip = {} if video is None else {CLIP: as_frames(video)}
-    upscaling = api.enable(
-        pipe, *(m for m in before if m.kind != "sampling"), method, strict=strict)
-    try:
+    with api.as_before(pipe) as (before, strict):
+        upscaling = api.enable(
+            pipe, *(m for m in before if m.kind != "sampling"), method, strict=strict)
         with attributes(pipe, **clip):
             result = pipe(*args, **arguments)
-    finally:
-        api.disable(pipe)
-        if owner is not None:
-            api.enable(owner, *before, strict=strict)
     if not isinstance(result, tuple):
         upscaling.report.finish()
         result.report = upscaling.report

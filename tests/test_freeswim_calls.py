@@ -139,3 +139,16 @@ def test_a_pipeline_that_shares_its_model_keeps_its_setting():
 def test_what_is_no_clip_is_refused_in_words(clip):
     with pytest.raises(ValueError, match="accepted are"):
         as_frames(clip)
+
+
+@pytest.mark.parametrize("file", ["clip.pt", "step.pt"])
+def test_a_damaged_file_is_made_again(tmp_path, file):
+    pipe = zoo.build("wan")
+    enable(pipe, "wan")
+    wanted = run("wan", pipe)
+    enable(pipe, "wan", folder=str(tmp_path))
+    with pytest.raises(Killed):
+        run("wan", pipe, callback_on_step_end=killer(2))
+    (left,) = tmp_path.glob(f"*/{file}")
+    left.write_bytes(left.read_bytes()[:100])
+    assert torch.equal(run("wan", pipe), wanted)

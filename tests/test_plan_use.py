@@ -103,3 +103,37 @@ def test_plan_files_are_found_by_any_path(plans, tmp_path):
     assert len({from_plan(path)[0].name for path in given}) == 1
     with pytest.raises(ValueError, match="is a folder"):
         from_plan(Path(tmp_path))
+
+
+def _search(pipe, folder=None, prompts=("a red cat",), **options):
+    call = {**zoo.size("wan"), **zoo._CALL["wan"], "num_inference_steps": STEPS}
+    runs = Runs(pipe, [*prompts], call, Work(folder, {}))
+    return search.calibrate(runs, TileSparse(**SPARSE), Goal(density=0.4), **options)
+
+
+def test_what_was_on_before_a_search_is_on_after_it(plans):
+    pipe = zoo.build("wan")
+    handle = fastdiff.enable(pipe, "tile-sparse", "bottleneck", force=True, strict=True)
+    _search(pipe)
+    assert pipe.fastdiff.methods == handle.methods and pipe.fastdiff.strict
+    fastdiff.disable(pipe)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        _search(pipe, prompts=())
+    with pytest.raises(ValueError, match="ranges=0 is not possible: accepted is 1 or more"):
+        _search(pipe, ranges=0)
+    assert not pipe.fastdiff.enabled
+
+
+def test_a_damaged_part_of_a_search_is_made_again(wan, tmp_path, plans):
+    folder = tmp_path / "work"
+    _search(wan, folder)
+    parts = sorted(folder.glob("*.pt"))
+    whole = {part.name: part.read_bytes() for part in parts}
+    for part, cut in zip(parts, (0, 50, 300), strict=False):
+        part.write_bytes(part.read_bytes()[:cut])
+    again = json.loads(json.dumps(to_plan([_search(wan, folder)])))
+    assert again == plans["tile-sparse"]
+    assert all(len(part.read_bytes()) == len(whole[part.name]) for part in parts)
+    (folder / "settings.json").write_text('{"st')
+    with pytest.raises(ValueError, match="settings.json' is damaged.*--restart"):
+        Work(folder, {})

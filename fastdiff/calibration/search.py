@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastdiff.api import find_denoisers
+from fastdiff.api import as_before, find_denoisers
 from fastdiff.calibration.budgets import SHARES, BudgetSearch, mean_density
 from fastdiff.calibration.mode_search import ModeSearch, Rules
 from fastdiff.calibration.ranges import cells_of
@@ -59,7 +59,20 @@ def calibrate(
 
     base: a sparse-vdit policy (modes are searched, by `rules`), or any other whose `density` can be
         shared out. ranges: of steps; None is one a step for modes, and four for densities.
+    What is on is on again afterwards.
     """
+    if not runs.prompts:
+        raise ValueError("a search needs at least one prompt")
+    if ranges is not None and ranges < 1:
+        raise ValueError(f"ranges={ranges} is not possible: accepted is 1 or more")
+    with as_before(runs.pipe):
+        return _calibrated(runs, base, goal, ranges, rules, tell)
+
+
+def _calibrated(
+    runs: Runs, base: Policy, goal: Goal, ranges: int | None, rules: Rules | None,
+    tell: Callable[[str], None],
+) -> Policy:
     if base.density == 1 or goal.density == 1:
         raise ValueError("density 1 is stock attention: there is nothing to calibrate")
     base = dataclasses.replace(base, max_density=_most(runs, base), calibration=None)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -34,7 +35,12 @@ class Work:
         if not path.is_file() or not any(self.folder.glob("*.pt")):
             _atomic(path, lambda part: part.write_text(json.dumps(now)))
             return
-        then = json.loads(path.read_text())
+        try:
+            then = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{str(path)!r} is damaged, so it is not known what the parts beside "
+                             "it were made with: --restart (or an empty folder) begins anew"
+                             ) from None
         unlike = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         if unlike:
             told = "; ".join(f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}"
@@ -50,7 +56,9 @@ class Work:
             return self._made[name]
         path = self.folder / f"{name}.pt"
         if path.is_file():
-            return torch.load(path, weights_only=True)
+            # a damaged one is made again
+            with suppress(RuntimeError, EOFError, UnpicklingError):
+                return torch.load(path, weights_only=True)
         found = make()
         _atomic(path, lambda part: torch.save(found, part))
         return found

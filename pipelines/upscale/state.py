@@ -6,7 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -80,7 +82,10 @@ class Folder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        # a damaged file is no file
+        with suppress(FileNotFoundError, RuntimeError, EOFError, UnpicklingError):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return None
 
     def _restore(self, found: dict[str, Any]) -> None:
         for generator, state in zip(self._generators, found["generators"], strict=True):
