@@ -19,10 +19,10 @@ from fastdiff.kernels.hopper import (
 
 BLOCKS = 128
 ROWS = 64
-# padded head dim -> key tile, K/V stages, Q buffers, ping-pong
+# padded head dim -> key tile, K/V stages, Q buffers, ping-pong, exponentials by polynomial
 CONFIGS = {
-    64: {"BN": 128, "ST": 4, "QST": 2, "PINGPONG": False},
-    128: {"BN": 128, "ST": 2, "QST": 2, "PINGPONG": False},
+    64: {"BN": 128, "ST": 4, "QST": 2, "PINGPONG": False, "POLYNOMIAL": True},
+    128: {"BN": 128, "ST": 2, "QST": 2, "PINGPONG": False, "POLYNOMIAL": False},
 }
 
 

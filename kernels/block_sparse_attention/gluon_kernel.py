@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastdiff.kernels.hopper_kernel import LOWEST, NOTHING, left, row_sum, shift, take
+from fastdiff.kernels.hopper_kernel import LOWEST, NOTHING, exp2, left, row_sum, shift, take
 
 SIZES = ["sob", "sos", "soh", "SQ", "SKV", "H", "GROUPS", "NQ", "NK", "M", "WORK", "TAIL_TILES"]
 # why a tile of keys is masked: blocks that end within it, or keys that count for nobody
@@ -82,7 +82,8 @@ def _producer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
     MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
-    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, POLYNOMIAL: gl.constexpr,
+    WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box, looks = smem
@@ -251,7 +252,8 @@ def _consumer(
     descs, smem, bars, lists, sizes, scale, BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr,
     NC: gl.constexpr, QST: gl.constexpr, EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr,
     MASK: gl.constexpr, USE_MASK: gl.constexpr, USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr,
-    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, WG: gl.constexpr,
+    USE_ORDER: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr, POLYNOMIAL: gl.constexpr,
+    WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc = descs
     q_smem, k_smem, v_smem, box, looks = smem
@@ -302,7 +304,7 @@ def _consumer(
         s = _adjust(
             s, 0, look, row, lists, sizes, scale, BN, SUB, EQUAL_K, MASK, USE_MASK, USE_TAIL, sl)
         m = gl.max(s, 1) * scale
-        p = gl.exp2(s * scale - shift(m, GUARD)[:, None])
+        p = exp2(s * scale - shift(m, GUARD)[:, None], POLYNOMIAL)
         sums = row_sum(p, BN)
         p16 = gl.convert_layout(p.to(dtype), pl)
         o = gl.zeros([64, BD], gl.float32, ol)
@@ -330,7 +332,7 @@ def _consumer(
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
             base = shift(m_new, GUARD)
             alpha = gl.exp2(m - base)
-            p = gl.exp2(s * scale - base[:, None])
+            p = exp2(s * scale - base[:, None], POLYNOMIAL)
             alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
             sums = sums * alpha_l[:, None] + row_sum(p, BN)
             m = m_new
@@ -391,7 +393,7 @@ def block_sparse_attention_hopper_kernel(
     BN: gl.constexpr, SUB: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, QST: gl.constexpr,
     EQUAL_Q: gl.constexpr, EQUAL_K: gl.constexpr, MASK: gl.constexpr, USE_MASK: gl.constexpr,
     USE_TAIL: gl.constexpr, USE_LSE: gl.constexpr, USE_ORDER: gl.constexpr, D: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    PINGPONG: gl.constexpr, POLYNOMIAL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     BD: gl.constexpr = q_desc.block_type.shape[3]
@@ -430,7 +432,7 @@ def block_sparse_attention_hopper_kernel(
                       (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
                      ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE,
-                     USE_ORDER, D, PINGPONG, 0)),
+                     USE_ORDER, D, PINGPONG, POLYNOMIAL, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
@@ -438,7 +440,7 @@ def block_sparse_attention_hopper_kernel(
                       (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
                      ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE,
-                     USE_ORDER, D, PINGPONG, 1)),
+                     USE_ORDER, D, PINGPONG, POLYNOMIAL, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, km_desc, vm_desc),
                      (q_smem, k_smem, v_smem, box, looks),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn),
@@ -446,5 +448,5 @@ def block_sparse_attention_hopper_kernel(
                       (log_weight, keep), (key_mask, dirty), o, lse, (sob, sos, soh)),
                      (SQ, SKV, H, GROUPS, NQ, NK, M, WORK, TAIL_TILES, unscale), scale, BN, SUB,
                      ST, NC, QST, EQUAL_Q, EQUAL_K, MASK, USE_MASK, USE_TAIL, USE_LSE,
-                     USE_ORDER, D, PINGPONG, 0)),
+                     USE_ORDER, D, PINGPONG, POLYNOMIAL, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

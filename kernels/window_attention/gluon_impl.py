@@ -21,8 +21,11 @@ from .geometry import Window, boxes, table
 from .text import fill_text
 
 ROWS, KEYS = 128, 128
-# padded head dim -> K/V stages, Q buffers
-CONFIGS = {64: {"ST": 4, "QST": 2}, 128: {"ST": 2, "QST": 2}}
+# padded head dim -> K/V stages, Q buffers, exponentials by polynomial
+CONFIGS = {
+    64: {"ST": 4, "QST": 2, "POLYNOMIAL": True},
+    128: {"ST": 2, "QST": 2, "POLYNOMIAL": False},
+}
 
 
 def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastdiff.kernels.hopper_kernel import LOWEST, NOTHING, left, row_sum, shift, take
+from fastdiff.kernels.hopper_kernel import LOWEST, NOTHING, exp2, left, row_sum, shift, take
 
 # T, TH: where the bounds of height and width begin. H, W: sides. LT, LH, LW: last coordinates.
 # TILES, PLANE, ROW: tiles of queries of a head, of a frame and of a row of tiles. BEFORE, END, S:
@@ -117,7 +117,7 @@ def _producer(
     KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
     CT: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
     BN: gl.constexpr, ST: gl.constexpr, QST: gl.constexpr, USE_MASK: gl.constexpr,
-    WG: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc = descs
     q_smem, k_smem, v_smem, box = smem
@@ -242,7 +242,7 @@ def _consumer(
     KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
     CT: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
     BN: gl.constexpr, ST: gl.constexpr, QST: gl.constexpr, USE_MASK: gl.constexpr,
-    WG: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, WG: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc = descs
     q_smem, k_smem, v_smem, box = smem
@@ -302,7 +302,7 @@ def _consumer(
         s = _adjust(s, 0, n_boxes, at, runs, rows, sizes, key_mask, masked, KT, KH, KW, BN,
                     USE_MASK, sl)
         m = gl.max(s, 1) * scale
-        p = gl.exp2(s * scale - shift(m, True)[:, None])
+        p = exp2(s * scale - shift(m, True)[:, None], POLYNOMIAL)
         sums = row_sum(p, BN)
         p16 = gl.convert_layout(p.to(dtype), pl)
         o = gl.zeros([64, BD], gl.float32, ol)
@@ -324,7 +324,7 @@ def _consumer(
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
             base = shift(m_new, True)
             alpha = gl.exp2(m - base)
-            p = gl.exp2(s * scale - base[:, None])
+            p = exp2(s * scale - base[:, None], POLYNOMIAL)
             alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
             sums = sums * alpha_l[:, None] + row_sum(p, BN)
             m = m_new
@@ -365,6 +365,7 @@ def window_attention_hopper_kernel(
     KT: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
     CT: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
     BN: gl.constexpr, ST: gl.constexpr, QST: gl.constexpr, USE_MASK: gl.constexpr,
+    POLYNOMIAL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Q and C: sides of the box of all queries, and where the second warpgroup's half of it starts.
@@ -398,19 +399,19 @@ def window_attention_hopper_kernel(
                      (low, high, key_mask, masked, taken),
                      ((T, TH, H, W, LT, LH, LW), (TILES, PLANE, ROW),
                       (BEFORE, END, S, N_BEFORE, N_TEXT), GROUPS, WORK), scale,
-                     QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 0)),
+                     QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, POLYNOMIAL, 0)),
         (_consumer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                      (low, high, key_mask, masked, taken),
                      ((T, TH, H, W, LT, LH, LW), (TILES, PLANE, ROW),
                       (BEFORE, END, S, N_BEFORE, N_TEXT), GROUPS, WORK), scale,
-                     QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 1)),
+                     QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, POLYNOMIAL, 1)),
         (_producer, ((q_desc, k_desc, v_desc, o_desc, kt_desc, vt_desc),
                      (q_smem, k_smem, v_smem, box),
                      (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                      (low, high, key_mask, masked, taken),
                      ((T, TH, H, W, LT, LH, LW), (TILES, PLANE, ROW),
                       (BEFORE, END, S, N_BEFORE, N_TEXT), GROUPS, WORK), scale,
-                     QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, 0)),
+                     QT, QH, QW, KT, KH, KW, CT, CH, CW, BN, ST, QST, USE_MASK, POLYNOMIAL, 0)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -159,7 +159,8 @@ def test_a_batch_with_lines_and_seeds_twice_counts_what_is_made(client):
 
 def test_a_stopped_batch(client, house):
     job = send(client, "/batch", prompts="a red cat", steps=5000, make="image")
-    until(lambda: house.worker.load == 1 and house.worker._running.step > 1)
+    # the worker may not have begun, and may end while it is looked at
+    until(lambda: (running := house.worker._running) is not None and running.step > 1)
     client.predict(api_name="/stop_batch")
     assert "Stopped. Nothing was written." in text(job.result(timeout=LONG)[0])
 
