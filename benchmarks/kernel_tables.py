@@ -19,35 +19,31 @@ def denoiser(result: Row) -> Table:
     return heads, rows
 
 
-# the file whose run timed plain Triton with the tiles that it has
-TRITON = "kernels_triton_cuda.json"
 # the file of a run with nothing else on the machine
 HOST = "kernels_host_cuda.json"
 
 
-def kernels(*results: Row) -> Table:
-    """One line a shape: the best dense kernel, then each implementation's time and E.
-
-    Plain Triton's are those of `TRITON` where that is among the results.
-    """
-    others = _shapes([row for r in results if r["file"] != TRITON for row in r["rows"]])
-    triton = _shapes([row for r in results if r["file"] == TRITON for row in r["rows"]]) or others
+def kernels(result: Row) -> Table:
+    """One line a shape: the best dense kernel, then each implementation's time and E."""
     rows = []
-    for shape, found in others.items():
-        name, heads, tokens, dim, _ = shape
+    for (name, heads, tokens, dim, _), found in _shapes(result["rows"]).items():
         dense = min((r for r in found if r["what"].startswith("dense") and "seconds" in r),
                     key=lambda r: r["seconds"])
         cells = [name, f"{heads} x {tokens:,} x {dim}", f"{dense['density']:.3f}",
                  f"{dense['seconds'] * 1e3:.2f} ({dense['what'].removeprefix('dense ')})"]
+        memory = ""
         for impl in ("gluon", "triton", "FlexAttention"):
-            rows_of = triton.get(shape, []) if impl == "triton" else found
-            row = next((r for r in rows_of if r["what"] in (impl, f"tile-sparse, {impl}")), None)
-            cells.append("" if row is None or "seconds" not in row else
-                         f"{row['seconds'] * 1e3:.2f}, {row['speedup']:.2f}x, "
-                         f"{row['efficiency']:.2f}")
-        rows.append(cells)
+            row = next((r for r in found if r["what"] in (impl, f"tile-sparse, {impl}")), None)
+            timed = row is not None and "seconds" in row
+            cells.append(f"{row['seconds'] * 1e3:.2f}, {row['speedup']:.2f}x, "
+                         f"{row['efficiency']:.2f}" if timed else "")
+            if timed and impl == "gluon":
+                ours, theirs = (r["given_bytes"] + r["bytes"] for r in (row, dense))
+                memory = f"{ours / theirs - 1:+.1%}"
+        rows.append([*cells, memory])
     heads = ["shape", "heads x tokens x D", "density", "best dense, ms",
-             "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E"]
+             "gluon: ms, speed-up, E", "triton: ms, speed-up, E", "FlexAttention: ms, speed-up, E",
+             "gluon's memory over dense"]
     return heads, rows
 
 
@@ -61,20 +57,13 @@ def _shapes(rows: list[Row]) -> dict[tuple, list[Row]]:
 
 
 def kernels_note(result: Row) -> str:
-    timed = f"median of {result['settings']['rounds']}, interleaved"
-    return timed if result["file"] != TRITON else (
-        f"triton, from another run of the same hour, its speed-up and E against the dense time of "
-        f"that run: {timed}")
+    return f"median of {result['settings']['rounds']}, interleaved"
 
 
 def host(*results: Row) -> Table:
-    """What the host takes for one call, in the first result and once more in the others.
-
-    Of those plain Triton's row is that of `TRITON`.
-    """
-    first, others = results[0]["rows"], results[1:]
-    again = {(row["name"], row["what"]): row for r in others for row in r["rows"]
-             if (r["file"] == TRITON) == ("triton" in row["what"])}
+    """What the host takes for one call, in the first result and once more in the second."""
+    first, second = (r["rows"] for r in results)
+    again = {(row["name"], row["what"]): row for row in second}
     rows = []
     for row in first:
         if row["what"] != "dense flash":

@@ -1,7 +1,8 @@
 """Block-sparse attention against the best dense kernel, interleaved; E = 1 wastes nothing.
 
 All candidates of a shape run in turn, round after round, so that they share the card's clocks.
-E is the best dense time, times the density, over the sparse time.
+E is the best dense time, times the density, over the sparse time. Memory: at most how much a call
+adds to q, k and v, output and scratch, and, for a kernel alone, the lists that it is given.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Shape(NamedTuple):
     ordered: bool = False
 
 
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 TEXT_BLOCKS = 4
 SHAPES = (
     Shape("Wan-1.3B 480p", 12, 32760, 128, 1 / 8, flex=True),
@@ -109,9 +111,10 @@ def offsets_of(tokens: int, block: int, device: str) -> torch.Tensor:
     return torch.tensor([*range(0, tokens, block), tokens], dtype=torch.int32, device=device)
 
 
-def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, Run], float]:
-    """Every way of computing this shape, and the density of the sparse ones."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, Run], float, int]:
+    """Every way of computing this shape, the density of the sparse ones, the bytes of their lists.
+    """
+    dtype = DTYPES[device]
     g = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, shape.tokens, shape.heads, shape.dim, device=device, dtype=dtype,
                            generator=g) for _ in range(3))
@@ -147,7 +150,7 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, R
 
         k_mean = tile_gather(q, k, v, order, q_offsets, block=block).key_mean
         runs["selection alone"] = selection
-        return runs, shape.density
+        return runs, shape.density, 0
     indices, counts, keep = lists(shape, blocks, key_blocks, device)
     share = k_offsets.diff().float() / shape.tokens
     rows = q_offsets.diff().float() / shape.tokens
@@ -177,7 +180,8 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, R
     runs |= {impl: sparse(impl) for impl in impls}
     if shape.flex and device == "cuda":
         runs["FlexAttention"] = flex(q, k, v, indices, counts)
-    return runs, density
+    given = (indices, counts, q_offsets, k_offsets, known, *(tail or ()))
+    return runs, density, sum(x.nbytes for x in given if x is not None)
 
 
 def flex(q: Any, k: Any, v: Any, indices: Any, counts: Any) -> Run:
@@ -191,8 +195,18 @@ def flex(q: Any, k: Any, v: Any, indices: Any, counts: Any) -> Run:
     return lambda: compiled(*heads, block_mask=mask)
 
 
+def peak_bytes(run: Run) -> int:
+    """At most how much a call adds to the memory of the device."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[dict[str, Any]]:
-    runs, density = candidates(shape, device, impls)
+    runs, density, lists_bytes = candidates(shape, device, impls)
     base = {**shape._asdict(), "density": density}
     rows, times = tried(runs, rounds, device, base)
     best = min(record.spread(times[name])["seconds"] for name in times if name.startswith("dense"))
@@ -205,6 +219,10 @@ def measure(shape: Shape, rounds: int, device: str, impls: list[str]) -> list[di
         else:
             row["speedup"] = best / row["seconds"]
             row["efficiency"] = best * density / row["seconds"]
+        if device == "cuda":
+            row["bytes"] = peak_bytes(runs[name]) + lists_bytes * (name in impls)
+            of_each = shape.heads * shape.tokens * shape.dim * DTYPES[device].itemsize
+            row["given_bytes"] = 3 * of_each
         if device == "cuda" and shape.tokens < 10_000:
             row["host_microseconds"] = host_microseconds(runs[name])
         rows.append(row)
@@ -234,7 +252,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.tiny:
         parser.error("no CUDA device; --tiny runs small shapes here")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = DTYPES[device]
     usable = implementations(device, dtype, 128)
     impls = args.impl or [name for name in ("gluon", "triton", "torch")
                           if not usable[name] and (name != "torch" or device == "cpu")]

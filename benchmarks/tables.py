@@ -165,9 +165,9 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "forward-cpu": ("tiny_video_forward_cpu.json", forward),
     "forward-cuda": ("tiny_video_forward_cuda.json", forward),
     "denoiser": ("denoiser_cuda.json", _told(kernel_tables.denoiser, _rounds)),
-    "kernels": ("kernels_cuda.json kernels_triton_cuda.json", _told(
+    "kernels": ("kernels_cuda.json", _told(
         kernel_tables.kernels, kernel_tables.kernels_note)),
-    "kernels-host": ("kernels_host_cuda.json kernels_cuda.json kernels_triton_cuda.json", _told(
+    "kernels-host": ("kernels_host_cuda.json kernels_cuda.json", _told(
         kernel_tables.host, kernel_tables.host_note)),
     "windows": ("windows_cuda.json", _told(kernel_tables.windows, kernel_tables.windows_note)),
     "sanitize": ("sanitize_cuda.json", _told(

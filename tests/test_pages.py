@@ -85,18 +85,18 @@ def test_a_newer_file_stands_for_the_rows_that_both_have():
         ("m, 1024 px, float16", "100"), ("m, 2048 px, float16", "150")]
 
 
-def test_plain_triton_is_timed_against_the_dense_kernel_of_its_own_run():
-    def timed(what: str, seconds: float, density: float, **more: float) -> dict:
-        return {"name": "a", "heads": 1, "tokens": 64, "dim": 8, "density": density,
-                "what": what, "seconds": seconds, **more}
+def test_kernels_are_compared_with_the_fastest_dense_one():
+    def timed(what: str, seconds: float, extra: int, **more: float) -> dict:
+        return {"name": "a", "heads": 1, "tokens": 64, "dim": 8, "density": 0.125, "what": what,
+                "seconds": seconds, "given_bytes": 300, "bytes": extra, **more}
 
-    ours = {"speedup": 2.0, "efficiency": 0.5}
-    first = {**result([timed("dense cudnn", 1e-3, 0.125), timed("gluon", 5e-4, 0.125, **ours),
-                       timed("triton", 9e-4, 0.125, **ours)]), "file": "kernels_cuda.json"}
-    second = {**result([timed("triton", 7e-4, 0.1249, speedup=3.0, efficiency=0.6)]),
-              "file": kernel_tables.TRITON}
-    _, (row,) = kernel_tables.kernels(first, second)
-    assert row[3:] == ["1.00 (cudnn)", "0.50, 2.00x, 0.50", "0.70, 3.00x, 0.60", ""]
+    dense = [timed("dense flash", 2e-3, 500), timed("dense cudnn", 1e-3, 100)]
+    ours = timed("gluon", 5e-4, 110, speedup=2.0, efficiency=0.5)
+    _, (row,) = kernel_tables.kernels(result([*dense, ours]))
+    assert row[3:] == ["1.00 (cudnn)", "0.50, 2.00x, 0.50", "", "", "+2.5%"]
+    without = {**timed("triton", 9e-4, 0, speedup=1.1, efficiency=0.1), "density": 0.1249}
+    _, (row,) = kernel_tables.kernels(result([*dense, without]))
+    assert row[3:] == ["1.00 (cudnn)", "", "0.90, 1.10x, 0.10", "", ""]
 
 
 def test_operations_bound_the_gain_of_fewer_tokens():
