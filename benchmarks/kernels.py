@@ -25,8 +25,8 @@ from timing import Run, clocks, host_microseconds, tried  # noqa: E402
 from fastdiff.kernels.block_sparse_attention import (  # noqa: E402
     block_sparse_attention,
     implementations,
-    late_first,
 )
+from fastdiff.kernels.row_order import late_first  # noqa: E402
 from fastdiff.kernels.tile_gather import tile_gather  # noqa: E402
 from fastdiff.kernels.tile_select import tile_select  # noqa: E402
 

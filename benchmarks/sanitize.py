@@ -30,6 +30,7 @@ from fastdiff.kernels.block_pool import block_pool  # noqa: E402
 from fastdiff.kernels.block_sparse_attention import block_sparse_attention  # noqa: E402
 from fastdiff.kernels.column_mass import column_mass  # noqa: E402
 from fastdiff.kernels.linear_attention import linear_attention  # noqa: E402
+from fastdiff.kernels.row_order import late_first  # noqa: E402
 from fastdiff.kernels.tile_gather import tile_gather  # noqa: E402
 from fastdiff.kernels.tile_select import tile_select  # noqa: E402
 from fastdiff.kernels.token_permute import permute_tokens, unpermute_tokens  # noqa: E402
@@ -118,6 +119,11 @@ def best(device: str) -> None:
     stand_ins(q, k, kept, dropped, impl="triton")
 
 
+def ordered(device: str) -> None:
+    counts = torch.randn(700, generator=torch.Generator().manual_seed(0)).exp().mul(30).int()
+    late_first(counts.to(device), 9, impl="triton")
+
+
 KERNELS: dict[str, Callable[[str], None]] = {
     "block_sparse_attention, gluon": lambda device: attention("gluon", device),
     "block_sparse_attention, triton": lambda device: attention("triton", device),
@@ -129,6 +135,7 @@ KERNELS: dict[str, Callable[[str], None]] = {
     "token_permute": permute,
     "token_select": best,
     "block_pool": pooled,
+    "row_order": ordered,
     "column_mass": mass,
     "linear_attention": linear,
 }

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.block_sparse_attention import late_first
+from fastdiff.kernels.row_order import late_first
 from fastdiff.layout import Tiling, remembered
 
 

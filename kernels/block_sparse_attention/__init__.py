@@ -13,10 +13,8 @@ from torch import Tensor
 from fastdiff.kernels.availability import choose
 
 from . import backward
-from .order import late_first
 
-__all__ = ["block_sparse_attention", "chosen", "implementations", "late_first", "probe",
-           "refused"]
+__all__ = ["block_sparse_attention", "chosen", "implementations", "probe", "refused"]
 
 Tail = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -58,7 +56,8 @@ def block_sparse_attention(
         keep bool [B, H, NQ, NK]). A block with `keep` False enters the same softmax as one key,
         its mean, whose score is raised by log(weight); weight 0 adds nothing.
     order: int32 [B * H * NQ], each row number once: rows in the order in which a GPU is to begin
-        them (`late_first`). It changes no result; its values are trusted like those of the lists.
+        them (`row_order.late_first`). It changes no result; its values are trusted like those of
+        the lists.
     returns: [B, Sq, H, D] in query's dtype; with `return_lse` also the natural log of the
         denominator, float32 [B, H, Sq]. A query with no key at all gets zeros and -inf.
 

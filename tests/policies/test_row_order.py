@@ -7,7 +7,7 @@ import torch
 import zoo
 
 from fastdiff import TileSparse, attention
-from fastdiff.kernels.block_sparse_attention import late_first
+from fastdiff.kernels.row_order import late_first
 from fastdiff.layout import TokenLayout, even_blocks, tiling
 from fastdiff.policies import methods
 from fastdiff.policies import row_order as module
