@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import triton_reasons
+from fastdiff.kernels.launch import launch
 
 HEAD_DIM = 1024
 
@@ -29,7 +30,8 @@ def run(x: Tensor, offsets: Tensor, *, block: int, mask: Tensor | None) -> tuple
     if mean.numel() == 0:
         return mean, weight.zero_()
     BD = 1 << (D - 1).bit_length()
-    block_pool_fwd_kernel[(N, B * H)](
+    launch(
+        block_pool_fwd_kernel, (N, B * H),
         x,
         offsets.contiguous(),
         offsets if mask is None else mask.contiguous().view(torch.uint8),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting
-from fastdiff.kernels.launch import large, strides_in_units
+from fastdiff.kernels.launch import large, launch, strides_in_units
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 QUERY_CONFIGS = {
@@ -115,7 +115,8 @@ def run(
         return {**meta, **flags, "UPCAST": interpreting(), "UNIT": unit}
 
     meta = shared(config(QUERY_CONFIGS, block_q, block_k, query))
-    block_sparse_attention_bwd_dq_kernel[(NQ * meta["PARTS_Q"], B * H)](
+    launch(
+        block_sparse_attention_bwd_dq_kernel, (NQ * meta["PARTS_Q"], B * H),
         query, key, value, output, grad, lse, dlse, delta, dq, indices, counts, query_offsets,
         key_offsets, mask, key_mean, value_mean, weight, keep, *strides,
         Sq, Skv, H, H // Hk, NQ, NK, indices.shape[-1], scale,
@@ -133,7 +134,8 @@ def run(
     meta = shared(config(KEY_CONFIGS, block_q, block_k, query))
     equal_q = NQ * block_q == Sq
     parts_k = -(-block_k // meta["BN"])
-    block_sparse_attention_bwd_dkv_kernel[(NK * parts_k, B * Hk)](
+    launch(
+        block_sparse_attention_bwd_dkv_kernel, (NK * parts_k, B * Hk),
         query, key, value, grad, lse, delta, dk, dv,
         *transposed(indices, counts, NK), query_offsets, key_offsets, mask,
         *q_steps, *k_steps, *v_steps, *do_steps, Sq, Skv, H, H // Hk, NQ, NK, scale,
@@ -152,7 +154,8 @@ def run(
     dk_mean, dv_mean = (
         torch.empty(splits, B, Hk, NK, D, dtype=torch.float32, device=device) for _ in range(2)
     )
-    block_sparse_attention_bwd_tail_kernel[(tiles, B * Hk, splits)](
+    launch(
+        block_sparse_attention_bwd_tail_kernel, (tiles, B * Hk, splits),
         query, grad, lse, delta, key_mean, value_mean, weight, keep, query_offsets,
         dk_mean, dv_mean, *q_steps, *do_steps, Sq, H, H // Hk, NQ, NK, splits, scale,
         EQUAL_Q=equal_q,

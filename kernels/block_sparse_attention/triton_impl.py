@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
-from fastdiff.kernels.launch import large, strides_in_units
+from fastdiff.kernels.launch import large, launch, strides_in_units
 
 # (padded head dim, 4-byte input) -> (largest BM, largest BN, warps, stages)
 CONFIGS = {
@@ -95,7 +95,8 @@ def run(
 
     meta = config(block_q, block_k, query, tail is not None)
     parts_q, parts_k = -(-block_q // meta["BM"]), -(-block_k // meta["BN"])
-    block_sparse_attention_fwd_kernel[(NQ * parts_q, B * H)](
+    launch(
+        block_sparse_attention_fwd_kernel, (NQ * parts_q, B * H),
         query,
         key,
         value,

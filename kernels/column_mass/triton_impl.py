@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
-from fastdiff.kernels.launch import large, strides_in_units
+from fastdiff.kernels.launch import large, launch, strides_in_units
 
 LOG2E = 1.4426950408889634
 
@@ -50,7 +50,8 @@ def row_lse(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
     out = torch.empty(B, H, Sq, dtype=torch.float32, device=query.device)
     BM, BN, warps, stages = (LSE if large(query.device) else SMALL_LSE)[_kind(query)]
     strides, unit = strides_in_units(query, key)
-    row_lse_kernel[(-(-Sq // BM), B * H)](
+    launch(
+        row_lse_kernel, (-(-Sq // BM), B * H),
         query, key, out, *strides, Sq, Sk, H, H // Hk,
         # the kernels' exponentials are powers of two
         scale * LOG2E,
@@ -73,7 +74,8 @@ def column_mass(
     strides, unit = strides_in_units(query, key)
     lse = lse.contiguous()
     weight = lse if log_weight is None else log_weight.contiguous()
-    column_mass_kernel[(-(-Sk // BN), B * H)](
+    launch(
+        column_mass_kernel, (-(-Sk // BN), B * H),
         query, key, lse, weight, lse if log_weight is None else weight.amax(-1), out,
         *strides, Sq, Sk, H, H // Hk, scale * LOG2E, -math.log(Sq),
         D=D, BM=BM, BN=BN, BD=_padded(D), WEIGHTED=log_weight is not None, SHIFT=SHIFT,

@@ -70,6 +70,12 @@ class Plan:
         return (*self.maps, *tensors, *self.numbers)
 
     def launch(self, mapped: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
+        """On the device of the tensors; triton launches on the current one."""
+        device = tensors[0].get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(mapped, tensors)
+            return
         args = self.arguments(mapped, tensors)
         pointers = 0
         for x in tensors:

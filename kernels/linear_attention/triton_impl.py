@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
-from fastdiff.kernels.launch import large, strides_in_units
+from fastdiff.kernels.launch import large, launch, strides_in_units
 
 # programs that are enough to fill a GPU; more only add partial states
 PROGRAMS = 512
@@ -42,7 +42,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> Tensor:
     strides, unit = strides_in_units(key, value)
     upcast = interpreting()
     warps = 8 if BD > 128 else 4
-    linear_state_kernel[(stretches, values, B * H)](
+    launch(
+        linear_state_kernel, (stretches, values, B * H),
         key, value, state, total, *strides, S, H, turns * BT,
         D=D, BT=BT, BD=BD, BV=BV, UPCAST=upcast, UNIT=unit, num_warps=warps,
         num_stages=stages,
@@ -53,7 +54,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> Tensor:
     if output.numel() == 0:
         return output
     strides, unit = strides_in_units(query, output)
-    linear_output_kernel[(-(-Sq // BT), B * H)](
+    launch(
+        linear_output_kernel, (-(-Sq // BT), B * H),
         query, state, total, output, *strides, Sq, H, eps,
         D=D, BT=BT, BD=BD, BV=BV, UPCAST=upcast, UNIT=unit, num_warps=warps,
         num_stages=stages,

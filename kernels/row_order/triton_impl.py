@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import triton_reasons
+from fastdiff.kernels.launch import launch
 
 # rows that the program looks at together
 ROWS = 4096
@@ -22,6 +23,7 @@ def late_first(counts: Tensor, workers: int) -> Tensor:
     order = torch.empty(rows, dtype=torch.int32, device=counts.device)
     if rows:
         block = min(ROWS, max(128, 1 << (rows - 1).bit_length()))
-        late_first_kernel[(1,)](
+        launch(
+            late_first_kernel, (1,),
             counts.contiguous(), order, rows, workers, BLOCK=block, num_warps=max(1, block // 512))
     return order

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import triton_reasons
+from fastdiff.kernels.launch import launch
 
 HEAD_DIM = 256
 
@@ -36,7 +37,8 @@ def run(
     if N == 0 or q.numel() == 0:
         return q, k, v, key_mean.zero_(), value_mean.zero_(), weight.zero_()
     BD = 1 << (D - 1).bit_length()
-    tile_gather_fwd_kernel[(N, B * H + 2 * B * HK)](
+    launch(
+        tile_gather_fwd_kernel, (N, B * H + 2 * B * HK),
         query, key, value, q, k, v, key_mean, value_mean, weight, order, offsets,
         offsets if mask is None else mask.contiguous().view(torch.uint8),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
-from fastdiff.kernels.launch import large
+from fastdiff.kernels.launch import large, launch
 
 HEAD_DIM = 256
 TILES = 16384
@@ -40,7 +40,7 @@ def run(
     HK, N = key_mean.shape[1:3]
     device = query.device
     x = torch.empty(B, H, N, N, dtype=torch.float32, device=device)
-    stats = torch.empty(B, H, N, 2, dtype=torch.float32, device=device)
+    stats = torch.empty(0 if each_row else B * H * N * 2, dtype=torch.float32, device=device)
     # the histograms, and after them the kept pairs: one memory to set to zero
     zeros = torch.zeros(
         (0 if each_row else B * BINS // 2) + 1, dtype=torch.int64, device=device)
@@ -56,6 +56,8 @@ def run(
     if each_row:
         # whole tiles, counted in the precision of the host
         density = int(density * N + 0.5) / N
+    # the interpreter, and other makers' GPUs, have no such log
+    fast = query.is_cuda and torch.version.hip is None and not interpreting()
     ROWS = max(1, 64 // probes)
     # wider takes so much shared memory that a multiprocessor holds one program
     BN, stages = min(64, max(16, 1 << (N - 1).bit_length())), 3
@@ -65,18 +67,20 @@ def run(
         BN, stages = 16, 1
     # the histogram starts anew at every step, so its steps are long
     BC = min(2048 // ROWS, max(16, 1 << (N - 1).bit_length()))
-    tile_score_kernel[(-(-N // ROWS), B * H)](
+    launch(
+        tile_score_kernel, (-(-N // ROWS), B * H),
         query, key_mean, offsets, always, dense_rows, x, stats, histogram,
         *query.stride()[:3], *key_mean.stride()[:3], S, H, H // HK, N,
         D**-0.5 * 1.4426950408889634, D=D, BD=BD, PROBES=probes,
         ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, EACH_ROW=each_row, UPCAST=interpreting(),
-        num_warps=4, num_stages=stages,
+        FAST=fast, num_warps=4, num_stages=stages,
     )
     BN = min(ROW, max(16, 1 << (N - 1).bit_length()))
-    tile_list_kernel[(N, B * H)](
+    launch(
+        tile_list_kernel, (N, B * H),
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
-        zeros[-1:], H, N, density, BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,
+        zeros[-1:], S, H, N, float(density), BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,
         # bits of a step's number, and one for the end
-        SINGLE=BN >= N, TURNS=BINS.bit_length(), num_warps=min(4, max(1, BN // 512)),
+        SINGLE=BN >= N, TURNS=BINS.bit_length(), FAST=fast, num_warps=min(4, max(1, BN // 512)),
     )
     return keep, indices, counts, pairs

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import triton_reasons
+from fastdiff.kernels.launch import launch
 
 ROW = 1 << 16
 
@@ -28,7 +29,8 @@ def permute(x: Tensor, order: Tensor) -> Tensor:
     whole = all(n % 8 == 0 and n < 1 << 31 for n in (row, *x.stride()[:2]))
     width = 8 if whole else 1
     BT = 16
-    permute_tokens_fwd_kernel[(-(-x.shape[1] // BT), x.shape[0])](
+    launch(
+        permute_tokens_fwd_kernel, (-(-x.shape[1] // BT), x.shape[0]),
         x, out, order.contiguous(), x.stride(0) // width, x.stride(1) // width, x.shape[1],
         ROW=row, BT=BT, BR=min(1 << (row - 1).bit_length(), 512), UNIT=width, num_warps=4)
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
-from fastdiff.kernels.launch import shared_memory, strides_in_units
+from fastdiff.kernels.launch import launch, shared_memory, strides_in_units
 
 # scores that one program holds
 TOKENS = 32768
@@ -36,7 +36,8 @@ def top_tokens(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     dropped = torch.empty(batch, tokens - count, dtype=torch.int64, device=score.device)
     if batch and tokens:
         block = max(16, 1 << (tokens - 1).bit_length())
-        top_tokens_kernel[(batch,)](
+        launch(
+            top_tokens_kernel, (batch,),
             score, kept, dropped, score.stride(0), score.stride(1), tokens, count,
             BLOCK=block, num_warps=min(32, max(1, block // 256)),
         )
@@ -54,7 +55,8 @@ def stand_ins(
     BM, BN, BD, warps, stages = CONFIGS[query.dtype.itemsize == 4]
     strides, unit = strides_in_units(query, key)
     tiles = -(-max(kept.shape[1], dropped.shape[1]) // BM)
-    stand_ins_kernel[(tiles, batch)](
+    launch(
+        stand_ins_kernel, (tiles, batch),
         query, key, kept.contiguous(), dropped.contiguous(), place,
         *strides, tokens, kept.shape[1],
         C=width, BM=BM, BN=BN, BD=BD, UPCAST=interpreting(), UNIT=unit,

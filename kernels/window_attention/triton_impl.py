@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.availability import interpreting, triton_reasons
-from fastdiff.kernels.launch import large, strides_in_units
+from fastdiff.kernels.launch import large, launch, strides_in_units
 
 from .geometry import Window, boxes, table
 from .text import fill_text
@@ -48,7 +48,7 @@ def run(
               key_mask=key_mask, scale=scale)
     args, settings, programs = arguments(query, key, value, output, window, before=before,
                                          key_mask=key_mask, scale=scale)
-    window_attention_fwd_kernel[programs](*args, **settings)
+    launch(window_attention_fwd_kernel, programs, *args, **settings)
     return output
 
 
