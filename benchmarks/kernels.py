@@ -134,7 +134,7 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, R
             def run() -> Any:
                 t = tile_gather(q, k, v, order, q_offsets, block=block)
                 found = tile_select(t.query, t.key_mean, q_offsets, none, none,
-                                    density=shape.density)
+                                    density=shape.density, each_row=True)
                 out = block_sparse_attention(
                     *t[:3], found.indices, found.counts, q_offsets, q_offsets, block_q=block,
                     block_k=block, tail=(*t[3:], found.keep), impl=impl)
@@ -146,7 +146,8 @@ def candidates(shape: Shape, device: str, impls: list[str]) -> tuple[dict[str, R
         runs |= {f"tile-sparse, {impl}": whole(impl) for impl in impls}
 
         def selection() -> Any:
-            return tile_select(q, k_mean, q_offsets, none, none, density=shape.density)
+            return tile_select(q, k_mean, q_offsets, none, none, density=shape.density,
+                               each_row=True)
 
         k_mean = tile_gather(q, k, v, order, q_offsets, block=block).key_mean
         runs["selection alone"] = selection

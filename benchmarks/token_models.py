@@ -2,9 +2,11 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -105,7 +107,9 @@ def enabled(model: nn.Module, methods: tuple[Method, ...], middle: int = STEPS /
     fastdiff.disable(model)
     if not methods:
         return None
-    handle = fastdiff.enable(model, *methods, strict=True)
+    # a loop of its own, whose scheduler says that there are steps
+    loop = SimpleNamespace(components={"model": model}, scheduler=EulerDiscreteScheduler())
+    handle = fastdiff.enable(loop, *methods, strict=True)
     handle.clock.begin(STEPS)
     for _ in range(middle):
         handle.clock.advance()

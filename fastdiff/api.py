@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from fastdiff.attention import DenseFallbackError, Session
 from fastdiff.clock import StepClock
 from fastdiff.config import from_plan, make_methods
 from fastdiff.handle import HANDLE, Handle, Off, forget, handle_of, release
-from fastdiff.method import Host, Method, Part
+from fastdiff.method import Host, Method, Part, held
 from fastdiff.pipelines.families import families, family_of
 from fastdiff.pipelines.families.generic import GENERIC
 from fastdiff.policies import Policy
@@ -100,7 +99,7 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
     session.clock.on_begin(session.report.reset)
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
-        handle._pipe, handle._scheduler = _held(target), scheduler
+        handle._pipe, handle._scheduler = held(target), scheduler
         target.__dict__.update({HANDLE: handle, "__deepcopy__": _copying(handle)})
         scheduler_clock.arm_scheduler(scheduler, session.clock)
         session.watch = handle._watch_scheduler
@@ -124,13 +123,6 @@ def _enter(target: Any, handle: Handle, session: Session, models: dict[str, Part
     host = Host(pipe, models, session.clock, session.report, session.strict, session.stays_stock)
     for method in handle.methods:
         handle._detach.append(method.attach(host))
-
-
-def _held(target: Any) -> Callable[[], Any]:
-    try:
-        return ref(target)
-    except TypeError:  # a SimpleNamespace of a loop of one's own
-        return lambda: target
 
 
 def disable(target: Any) -> None:

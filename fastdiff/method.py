@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
+from weakref import ref
 
 from torch import nn
 
@@ -35,6 +36,14 @@ class Host:
     report: Report
     strict: bool
     fallback: Callable[[str, str], None]
+
+
+def held(pipe: Any) -> Callable[[], Any]:
+    """A weak reference: what hangs on a model must not keep its pipeline alive."""
+    try:
+        return ref(pipe)
+    except TypeError:  # a SimpleNamespace of a loop of one's own
+        return lambda: pipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,13 @@
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.clock import StepClock
 from fastdiff.layout import TokenLayout
-from fastdiff.method import Host, Part, check
+from fastdiff.method import Host, Part, check, held
 from fastdiff.seam import LAYER, STAGE, STAND_INS, attention_modules, entering
 from fastdiff.shadow import ORIGINAL, restore_class, swap_class
 
@@ -222,8 +221,7 @@ class Branches:
 
     def __init__(self, host: Host) -> None:
         self.count = 1
-        # weak: the hooks on a model must not keep its pipeline alive
-        self._pipe = (lambda: None) if host.pipe is None else ref(host.pipe)
+        self._pipe = (lambda: None) if host.pipe is None else held(host.pipe)
         host.clock.on_begin(self._look)
         self._look()
 

@@ -3,6 +3,8 @@
 # diffusers exports its classes lazily and annotates arguments narrowly; no type is checked here
 # pyright: basic, reportPrivateImportUsage=false, reportArgumentType=false
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -40,6 +42,17 @@ def test_it_prunes_and_leaves_no_trace(name, method):
     assert torch.equal(zoo.call(name, pipe), stock)
     assert zoo.fingerprint(pipe) == before
     assert all(torch.equal(v, weights[k]) for k, v in pipe.unet.state_dict().items())
+
+
+def test_a_loop_of_ones_own():
+    pipe = zoo.build("sdxl")
+    stock = zoo.call("sdxl", pipe)
+    loop = SimpleNamespace(components={"unet": pipe.unet}, scheduler=pipe.scheduler)
+    handle = fastdiff.enable(loop, AtEdm(**ALWAYS), strict=True)
+    assert not torch.equal(zoo.call("sdxl", pipe), stock)
+    assert handle.report.methods["at-edm"]["blocks pruned"] > 0
+    fastdiff.disable(loop)
+    assert torch.equal(zoo.call("sdxl", pipe), stock)
 
 
 @pytest.mark.parametrize("name", UNETS)
