@@ -79,9 +79,9 @@ def host_note(result: Row) -> str:
     return f"{alone}: median of {result['settings']['rounds']}, interleaved"
 
 
-def kernel_cases(result: Row) -> Table:
+def kernel_cases(*results: Row) -> Table:
     rows = [[row["impl"], f"{row['cases']:,}", str(row["failed"]),
-             f"{row['worst_error_over_allowed']:.2f}"] for row in result["rows"]]
+             f"{row['worst_error_over_allowed']:.2f}"] for r in results for row in r["rows"]]
     return ["implementation", "cases", "failed", "largest error over its bound"], rows
 
 

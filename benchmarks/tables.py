@@ -172,7 +172,7 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "windows": ("windows_cuda.json", _told(kernel_tables.windows, kernel_tables.windows_note)),
     "sanitize": ("sanitize_cuda.json", _told(
         kernel_tables.sanitize, lambda _: "compute-sanitizer")),
-    "kernel-cases": ("kernel_cases_cuda.json", _cases),
+    "kernel-cases": ("kernel_cases_cuda.json kernel_cases_triton_cuda.json", _cases),
     "cpu-attention": ("cpu_attention.json", _told(kernel_tables.cpu_attention, _rounds)),
     "batch": ("batch-cpu.json", batch),
     "batch-workers": ("batch-workers-cpu.json", batch_workers),
@@ -213,9 +213,9 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "freeswim-gpu": ("freeswim_gpu_cuda.json", freeswim_gpu),
     "staged-loop": ("staged_loop_cuda.json staged_loop_2048_cuda.json", _told(
         staged_tables.loops, staged_tables.loops_note)),
-    "tokens-time": ("tokens_2048_cuda.json tokens_cuda.json", _told(
+    "tokens-time": ("tokens_eager_cuda.json tokens_cuda.json", _told(
         token_tables.times, token_tables.times_note)),
-    "tokens-overhead": ("tokens_2048_cuda.json tokens_cuda.json", _told(
+    "tokens-overhead": ("tokens_eager_cuda.json", _told(
         token_tables.overhead, token_tables.overhead_note)),
     "tokens-time-graph": ("tokens_cuda_graph.json", _told(
         token_tables.times, token_tables.graph_note)),

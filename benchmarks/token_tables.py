@@ -26,24 +26,17 @@ def times(*results: Row) -> Table:
 
 
 def times_note(result: Row) -> str:
-    """Which rows this result stands for."""
-    shown = list(dict.fromkeys(_what(row) for row in result["rows"]))
-    what = f"{shown[0]}, with the ranking as it is" if len(shown) == 1 else (
-        "the rest, before ranking got faster")
-    return f"{what}: median of {result['rows'][0]['repeats']}, interleaved"
+    """Which rows this result stands for: of two, the later run lacks the last model."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    return f"{models[-1]}: median of {result['rows'][-1]['repeats']}, interleaved"
 
 
-def overhead(*results: Row) -> Table:
+def overhead(result: Row) -> Table:
     """What ranking, gathering and recovering cost, a block, in half precision.
 
-    The share is that of all blocks in one stock forward of the same size and dtype. Of results
-    with the same size the first one counts.
+    The share is that of all blocks in one stock forward of the same size and dtype.
     """
-    rows: dict[int, list[list[str]]] = {}
-    for result in results:
-        made = _overhead(result)
-        for edge, found in made.items():
-            rows.setdefault(edge, found)
+    rows = _overhead(result)
     return ["picture", "layout", "tokens", "kept", "blocks", "part", "launches", "us a block",
             "p20 to p80", "share of a step"], [row for edge in sorted(rows) for row in rows[edge]]
 
@@ -66,10 +59,8 @@ def _overhead(result: Row) -> dict[int, list[list[str]]]:
 
 
 def overhead_note(result: Row) -> str:
-    edges = sorted({row["edge"] for row in result["settings"]["overhead"]})
-    what = f"{edges[0]} px, with the ranking as it is" if len(edges) == 1 else (
-        f"{edges[0]} px, before ranking got faster")
-    return f"{what}: median of 20, one block at a time, float16"
+    repeats = result["settings"]["overhead"][0]["repeats"]
+    return f"median of {repeats}, one block at a time, float16"
 
 
 def _what(row: Row) -> str:

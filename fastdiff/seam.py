@@ -98,13 +98,13 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
 
 
 def _sdpa_call(query, key, value, attn_mask, dropout_p, is_causal, scale, **kwargs):
-    obstacle = _obstacle(dropout_p, is_causal, None)
-    out = None
-    if query.dim() == 4:
+    # without an attention method nothing is prepared: small models wait for the host
+    if _current.layer is not None and query.dim() == 4:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        obstacle = _obstacle(dropout_p, is_causal, None)
         out = _take(q, k, v, attn_mask, scale, "sdpa", obstacle)
-    if out is not None:
-        return out.transpose(1, 2)
+        if out is not None:
+            return out.transpose(1, 2)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
         scale=scale, **kwargs,
@@ -130,14 +130,15 @@ def _dispatch(
 
 def _dispatch_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                    attention_kwargs, backend, parallel_config):
-    obstacle = _obstacle(dropout_p, is_causal, parallel_config)
-    mask = attn_mask if isinstance(attn_mask, Tensor) else None
-    if attn_mask is not mask:
-        obstacle = obstacle or f"a mask of type {type(attn_mask).__name__}"
-    name = "" if backend is None else getattr(backend, "value", str(backend))
-    out = _take(query, key, value, mask, scale, f"dispatch:{name}", obstacle)
-    if out is not None:
-        return out
+    if _current.layer is not None:
+        obstacle = _obstacle(dropout_p, is_causal, parallel_config)
+        mask = attn_mask if isinstance(attn_mask, Tensor) else None
+        if attn_mask is not mask:
+            obstacle = obstacle or f"a mask of type {type(attn_mask).__name__}"
+        name = "" if backend is None else getattr(backend, "value", str(backend))
+        out = _take(query, key, value, mask, scale, f"dispatch:{name}", obstacle)
+        if out is not None:
+            return out
     return _stock_dispatch()(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
         scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs, backend=backend,

@@ -81,6 +81,6 @@ def run(
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
         zeros[-1:], S, H, N, float(density), BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,
         # bits of a step's number, and one for the end
-        SINGLE=BN >= N, TURNS=BINS.bit_length(), FAST=fast, num_warps=min(4, max(1, BN // 512)),
+        SINGLE=BN >= N, TURNS=BINS.bit_length(), FAST=fast, num_warps=4 if BN > 512 else 1,
     )
     return keep, indices, counts, pairs

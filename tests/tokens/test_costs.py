@@ -58,8 +58,8 @@ def test_measured_once_and_kept(tmp_path):
     assert costs.verdict("a product", CPU, torch.float32, product, ours) == first
     assert len(made) == 1
     folder = tmp_path / "cache"
-    assert [path.name for path in folder.iterdir()] == ["costs-2.json"]
-    (key, pair), = json.loads((folder / "costs-2.json").read_text()).items()
+    assert [path.name for path in folder.iterdir()] == ["costs-3.json"]
+    (key, pair), = json.loads((folder / "costs-3.json").read_text()).items()
     assert key.endswith("|torch.float32|a product") and tuple(pair) == first
 
 
@@ -78,11 +78,36 @@ def test_long_calls_are_timed_less_often(monkeypatch):
     assert costs.measure(run, run, CPU) == pytest.approx((0.5, 0.5))
 
 
+@pytest.mark.parametrize("host, gpu, counts", [
+    # (of stock, of ours): seconds of one call, and which of them a forward waits for
+    ((1, 2), (4, 3), (4, 3)), ((4, 6), (3, 2), (4, 6)), ((1, 3), (2, 1), (2, 3))])
+def test_on_a_gpu_the_slower_of_host_and_gpu_counts(monkeypatch, host, gpu, counts):
+    now, free = [0.0], [0.0]
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+
+    def side(own, other):
+        def run():
+            now[0] += own * 1e-3
+            # the GPU begins what is launched when it is done with the rest
+            free[0] = max(now[0], free[0]) + other * 1e-3
+        return run
+
+    def wait(device):
+        now[0] = max(now[0], free[0])
+
+    monkeypatch.setattr(costs, "_wait", wait)
+    stock, ours = (side(*times) for times in zip(host, gpu, strict=True))
+    found = costs.measure(stock, ours, torch.device("cuda"))
+    # but for the first launch or the last kernel of a row
+    assert found == pytest.approx([n * 1e-3 for n in counts], rel=0.2)
+    assert found.pays == (counts[1] < counts[0])
+
+
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{\"a\": \"b\"", "{KEY: -1}", "{KEY: [1, -1]}",
                                      "{KEY: [1]}", "{KEY: [1, \"2\"]}"])
 def test_a_broken_file_is_measured_anew(tmp_path, content):
     costs.verdict("nothing", CPU, torch.float32, nothing, nothing)
-    file = tmp_path / "cache" / "costs-2.json"
+    file = tmp_path / "cache" / "costs-3.json"
     key, = json.loads(file.read_text())
     file.write_text(content.replace("KEY", json.dumps(key)))
     costs.forget()
@@ -132,7 +157,7 @@ def test_the_guard_follows_the_measurement(name, monkeypatch):
     assert told["blocks whole: would not pay"] > 0 and "blocks pruned" not in told
     assert any(str(value) == "whole (2.00 ms, stock 1.00 ms)" for value in told.values())
     costs.forget()
-    costs.cache_folder().joinpath("costs-2.json").unlink()
+    costs.cache_folder().joinpath("costs-3.json").unlink()
     gives(costs.Verdict(0.002, 0.001))
     assert not torch.equal(zoo.call(name, pipe), stock)
     assert pipe.fastdiff.report.methods["at-edm"]["blocks pruned"] > 0
