@@ -26,6 +26,14 @@ def ability(result: Row) -> Table:
     return ["", *sized, "samples", *(figures[k] for k in shown)], rows
 
 
+def seconds(*results: Row) -> Table:
+    """How long one picture or clip takes with a model's own settings."""
+    rows = [[row["model"], row["kind"].removesuffix("s"), f"{row['size']} x {row['size']}",
+             str(row["frames"] or 1), f"{row['seconds_a_sample']:.1f}"]
+            for result in results for row in result["rows"]]
+    return ["model", "of", "pixels", "frames", "seconds"], rows
+
+
 def evaluator(result: Row) -> Table:
     """Renders of known content, so each verdict should be right; blur and morphs should show."""
     rows = []

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/kernels.md", "docs/break-even.md", "docs/tile-sparse.md",
          "docs/batch.md", "docs/bottleneck.md", "docs/freeswim.md", "docs/tokens.md",
-         "docs/static-policies.md",
+         "docs/static-policies.md", "docs/cli.md",
          "docs/comparison.md", "docs/gallery.md", "docs/attention-mass.md", "docs/training.md",
          *(f"fastdiff/models/tiny-{name}/README.md" for name in ("image", "unet", "video")))
 
@@ -179,6 +179,8 @@ TABLES: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "batch-workers-cuda": ("batch-workers-cuda.json", batch_workers),
     "ability": ("tiny_video_ability.json", _ability),
     "image-ability": ("tiny_image_ability.json", _ability),
+    "cpu-seconds": ("tiny_image_seconds_cpu.json tiny_video_seconds_cpu.json", _told(
+        model_tables.seconds, lambda result: "mean of 2, stock")),
     "unet-ability": ("tiny_unet_ability.json", _ability),
     "image-training": ("tiny_image_training.json", _told(model_tables.image_training,
                                                          model_tables.image_training_note)),

@@ -15,6 +15,8 @@ __all__ = ["large", "launch", "shared_memory", "strides_in_units"]
 LARGE = 200 << 10
 
 READY = 4096
+# programs that a launch may have along its second and third axis
+MOST = 65_535
 # launches by all that decides which compiled kernel they take
 _ready: dict[tuple, tuple[Callable[..., None], tuple]] = {}
 
@@ -28,6 +30,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
     what kinds of numbers there are; here a call is known by its dtypes and all of its numbers, and
     takes the short way only where every pointer is a multiple of 16.
     settings: the kernel's last parameters, those of compile time, and options of the compiler.
+    Raises ValueError for more programs along the later axes, samples times heads mostly, than a GPU
+    takes.
     """
     if not args[0].is_cuda or torch.compiler.is_compiling():
         kernel[grid](*args, **settings)
@@ -49,6 +53,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
         run, constants = found
         run(*args, *constants)
         return
+    if max(grid[1:], default=0) > MOST:
+        raise ValueError(f"{max(grid[1:]):,} programs along the second axis, samples times heads: "
+                         f"a GPU takes at most {MOST:,}; split the batch")
     compiled = kernel[grid](*args, **settings)
     # what an interpreter or a hook returns is no kernel
     if pointers % 16 == 0 and hasattr(compiled, "__getitem__"):

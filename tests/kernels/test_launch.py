@@ -116,6 +116,13 @@ def test_a_pointer_that_is_not_aligned_is_looked_at(gpus):
     assert [bool(settings) for _, _, settings, _ in kernel.launches] == [True, True, True, False]
 
 
+def test_more_programs_than_a_gpu_takes(gpus):
+    kernel, x = Kernel(), torch.zeros(8)
+    launch(kernel, (100_000, 65_535), x, x, 5, BLOCK=16)
+    with pytest.raises(ValueError, match=r"65,536 programs .* at most 65,535; split the batch"):
+        launch(kernel, (1, 65_536), x, x, 5, BLOCK=16)
+
+
 def test_a_plan_is_launched_on_the_device_of_its_tensors(gpus, monkeypatch):
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
     kernel = Kernel()

@@ -106,7 +106,8 @@ def test_tile_gather(dtype, masked):
 
 
 @pytest.mark.parametrize("case", [(1, 2, 2, 137, 16, 16, 8), (2, 4, 2, 50, 40, 20, 4),
-                                  (1, 1, 1, 96, 64, 16, 1)], ids=str)
+                                  (1, 1, 1, 96, 64, 16, 1), (1, 2, 1, 75, 24, 9, 2),
+                                  (1, 2, 1, 75, 24, 9, 16)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tile_select(dtype, case):
     batch, heads, kv_heads, tokens, dim, block, probes = case
