@@ -40,16 +40,20 @@ def run(
     HK, N = key_mean.shape[1:3]
     device = query.device
     x = torch.empty(B, H, N, N, dtype=torch.float32, device=device)
-    stats = torch.empty(0 if each_row else B * H * N * 2, dtype=torch.float32, device=device)
-    # the histograms, and after them the kept pairs: one memory to set to zero
-    zeros = torch.zeros(
-        (0 if each_row else B * BINS // 2) + 1, dtype=torch.int64, device=device)
-    histogram, pairs = zeros[:-1].view(torch.int32), zeros[-1]
+    if each_row:
+        pairs = torch.empty((), dtype=torch.int64, device=device)
+        # not read
+        stats = histogram = pairs
+    else:
+        stats = torch.empty(B, H, N, 2, dtype=torch.float32, device=device)
+        # the histograms, and after them the kept pairs: one memory to set to zero
+        zeros = torch.zeros(B * BINS // 2 + 1, dtype=torch.int64, device=device)
+        histogram, pairs = zeros[:-1].view(torch.int32), zeros[-1]
     keep = torch.empty(B, H, N, N, dtype=torch.bool, device=device)
     indices = torch.empty(B, H, N, N, dtype=torch.int32, device=device)
     counts = torch.empty(B, H, N, dtype=torch.int32, device=device)
     if x.numel() == 0:
-        return keep, indices, counts, pairs
+        return keep, indices, counts, pairs.zero_()
     key_mean = key_mean if key_mean.stride(-1) == 1 else key_mean.contiguous()
     always, dense_rows = (x.contiguous().view(torch.uint8) for x in (always, dense_rows))
     offsets = offsets.contiguous()
@@ -69,7 +73,7 @@ def run(
     BC = min(2048 // ROWS, max(16, 1 << (N - 1).bit_length()))
     launch(
         tile_score_kernel, (-(-N // ROWS), B * H),
-        query, key_mean, offsets, always, dense_rows, x, stats, histogram,
+        query, key_mean, offsets, always, dense_rows, x, stats, histogram, pairs,
         *query.stride()[:3], *key_mean.stride()[:3], S, H, H // HK, N,
         D**-0.5 * 1.4426950408889634, D=D, BD=BD, PROBES=probes,
         ROWS=ROWS, BN=BN, BC=BC, BINS=BINS, REACH=REACH, EACH_ROW=each_row, UPCAST=interpreting(),
@@ -79,7 +83,7 @@ def run(
     launch(
         tile_list_kernel, (N, B * H),
         x, stats, histogram, offsets, always, dense_rows, keep.view(torch.uint8), indices, counts,
-        zeros[-1:], S, H, N, float(density), BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,
+        pairs, S, H, N, float(density), BN=BN, BINS=BINS, REACH=REACH, EACH_ROW=each_row,
         # bits of a step's number, and one for the end
         SINGLE=BN >= N, TURNS=BINS.bit_length(), FAST=fast, num_warps=4 if BN > 512 else 1,
     )

@@ -57,7 +57,7 @@ def free_weight(offsets, always, o_n, m_n):
 
 @triton.jit(do_not_specialize=["S", "H", "GROUPS", "N"])
 def tile_score_kernel(
-    query, key_mean, offsets, always, dense_rows, x, stats, histogram,
+    query, key_mean, offsets, always, dense_rows, x, stats, histogram, pairs,
     sqb, sqs, sqh, skb, skh, skn, S, H, GROUPS, N, scale,
     D: tl.constexpr, BD: tl.constexpr, PROBES: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, BINS: tl.constexpr, REACH: tl.constexpr, EACH_ROW: tl.constexpr,
@@ -76,6 +76,10 @@ def tile_score_kernel(
     i_bh = tl.program_id(1)
     i_b = (i_bh // H).to(tl.int64)
     i_h = (i_bh % H).to(tl.int64)
+    # for the next launch; a fill would be one of its own. The outer condition is the compiler's
+    if EACH_ROW:  # noqa: SIM102
+        if tl.program_id(0) + i_bh == 0:
+            tl.store(pairs, 0)
     o_d = tl.arange(0, BD)
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < N

@@ -50,8 +50,10 @@ def launch(operation: str, dtype: torch.dtype, dim: int) -> None:
     elif operation == "select":
         mean = torch.empty(1, 2, 600, dim, dtype=dtype)
         none = torch.zeros(600, dtype=torch.bool)
-        tile_select._module("triton").run(
-            x, mean, torch.zeros(601, dtype=torch.int32), none, none, density=0.2, probes=1)
+        for each_row in (False, True):
+            tile_select._module("triton").run(
+                x, mean, torch.zeros(601, dtype=torch.int32), none, none, density=0.2, probes=1,
+                each_row=each_row)
     elif operation == "linear":
         linear_attention._module("triton").run(x, x, x, eps=1e-4)
     else:
