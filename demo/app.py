@@ -39,8 +39,8 @@ def build(house: House) -> gr.Blocks:
                 BatchTab(house, panel)
             with gr.Tab("Masks", id="masks"):
                 masks = MasksTab(house, panel)
-            with gr.Tab("History", id="history") as history:
-                HistoryTab(house, bar, history)
+            with gr.Tab("History", id="history") as tab:
+                history = HistoryTab(house, bar, tab)
         with side:
             bar.upload()
         bar.on_load(blocks)
@@ -50,7 +50,10 @@ def build(house: House) -> gr.Blocks:
         def came(request: gr.Request, token: Any) -> str:
             return house.shelf.welcome(str(request.session_hash), token)
 
-        blocks.load(came, [visitor], [visitor], show_progress="hidden", api_visibility="private")
+        # whoever opened the history before the browser was known sees it now
+        blocks.load(came, [visitor], [visitor], show_progress="hidden", api_visibility="private"
+                    ).then(history.refresh, None, history.refreshed, show_progress="hidden",
+                           api_visibility="private")
 
         def left(request: gr.Request) -> None:
             house.leave(str(request.session_hash))

@@ -34,15 +34,17 @@ class HistoryTab:
                 self.settings = gr.JSON(label="Settings", max_height=420,
                                         elem_id="history-settings")
                 self.files = gr.File(label="Files", file_count="multiple", interactive=False)
+        self.refreshed = [self.gallery, self.none, self.detail]
         self._connect(tab)
 
-    def _connect(self, tab: gr.Tab) -> None:
-        def refresh(request: gr.Request) -> dict[Any, Any]:
-            found = [(str(entry.files["fast"]), caption(entry)) for entry in self._mine(request)]
-            return {self.gallery: gr.Gallery(found, visible=bool(found), selected_index=None),
-                    self.none: gr.HTML(visible=not found), self.detail: gr.Column(visible=False)}
+    def refresh(self, request: gr.Request) -> dict[Any, Any]:
+        """What `refreshed` shows now."""
+        found = [(str(entry.files["fast"]), caption(entry)) for entry in self._mine(request)]
+        return {self.gallery: gr.Gallery(found, visible=bool(found), selected_index=None),
+                self.none: gr.HTML(visible=not found), self.detail: gr.Column(visible=False)}
 
-        tab.select(refresh, None, [self.gallery, self.none, self.detail], show_progress="hidden",
+    def _connect(self, tab: gr.Tab) -> None:
+        tab.select(self.refresh, None, self.refreshed, show_progress="hidden",
                    api_visibility="private")
 
         def pick(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:

@@ -220,6 +220,23 @@ def test_history_and_a_link_bring_settings_back(page, address):
     assert page.input_value("#image-seed input") == "11"
 
 
+def test_history_opened_before_the_browser_is_known(page, house, monkeypatch):
+    generate(page, "image", prompt="a late cat", steps=3)
+    done(page, "image")
+    welcome = house.shelf.welcome
+
+    def late(*args):
+        time.sleep(3)
+        return welcome(*args)
+
+    monkeypatch.setattr(house.shelf, "welcome", late)
+    page.reload()
+    page.wait_for_selector("#preset")
+    tab(page, "History")
+    page.wait_for_selector("text=Nothing yet")
+    page.locator("#history-gallery button img").first.wait_for()
+
+
 def test_a_settings_file_fills_the_page(page, house, tmp_path):
     generate(page, "image", prompt="a white cat")
     done(page, "image")
