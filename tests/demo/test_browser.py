@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -223,10 +224,10 @@ def test_history_and_a_link_bring_settings_back(page, address):
 def test_history_opened_before_the_browser_is_known(page, house, monkeypatch):
     generate(page, "image", prompt="a late cat", steps=3)
     done(page, "image")
-    welcome = house.shelf.welcome
+    welcome, known = house.shelf.welcome, threading.Event()
 
     def late(*args):
-        time.sleep(3)
+        known.wait(WAIT / 1e3)
         return welcome(*args)
 
     monkeypatch.setattr(house.shelf, "welcome", late)
@@ -234,6 +235,7 @@ def test_history_opened_before_the_browser_is_known(page, house, monkeypatch):
     page.wait_for_selector("#preset")
     tab(page, "History")
     page.wait_for_selector("text=Nothing yet")
+    known.set()
     page.locator("#history-gallery button img").first.wait_for()
 
 
