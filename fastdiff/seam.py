@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.attention import Layer, Session, attention, dense_attention
+from fastdiff.attention import Layer, Session, attend, attention, dense_attention
 from fastdiff.gradients import attention_with_gradients
 from fastdiff.layout import TokenLayout
 from fastdiff.shadow import DISPATCH, SDPA, restore_class, swap_class
@@ -74,8 +74,11 @@ def _take(
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # as autocast does for stock attention
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    wanted = query.requires_grad or key.requires_grad or value.requires_grad
-    run = attention_with_gradients if wanted and torch.is_grad_enabled() else attention
+    run = attend
+    if torch.compiler.is_compiling():
+        # ops, so that a graph stays whole; each costs the host more than all around it
+        wanted = query.requires_grad or key.requires_grad or value.requires_grad
+        run = attention_with_gradients if wanted and torch.is_grad_enabled() else attention
     return run(query, key, value, mask, ids, layer.number, sizes, scale, backend)
 
 

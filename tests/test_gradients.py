@@ -13,7 +13,7 @@ import zoo
 from torch._dynamo.utils import counters
 
 import fastdiff
-from fastdiff import gradients, layout, policies
+from fastdiff import gradients, layout, policies, seam
 from fastdiff.attention import DenseFallbackError
 from fastdiff.policies.base import Attended
 from fastdiff.report import RECENT, LayerReport
@@ -116,14 +116,17 @@ def test_autocast(grad):
         assert model.blocks[0].attn1.to_q.weight.grad.any()
 
 
-def test_without_gradients_the_op_runs(monkeypatch):
+def test_eager_code_needs_no_ops(monkeypatch):
     model = zoo.wan_transformer()
-    enable(model)
-    monkeypatch.setattr(gradients, "attend", None)
     with torch.no_grad():
-        model(**inputs())
-    with pytest.raises(TypeError):
-        model(**inputs())
+        stock = model(**inputs())[0]
+    handle = enable(model)
+    monkeypatch.setattr(seam, "attention", None)
+    monkeypatch.setattr(seam, "attention_with_gradients", None)
+    with torch.no_grad():
+        found = model(**inputs())[0]
+    assert torch.equal(model(**inputs())[0], found) and not torch.equal(found, stock)
+    assert handle.report.summary()["sparse_calls"] == 4
 
 
 def test_a_method_without_gradients_is_not_trained_in_silence(monkeypatch):
