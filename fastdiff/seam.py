@@ -52,10 +52,8 @@ def _take(
         return None
     denoiser = layer.denoiser
     tokens = query.shape[1]
-    if tokens != key.shape[1]:
-        return None  # cross-attention
-    if crossing(tokens):
-        return None  # cross-attention to as many tokens
+    if tokens != key.shape[1] or crossing(tokens):
+        return None  # cross-attention, to as many tokens in the second case
     whole = denoiser.layout
     if whole is None:
         _refuse(layer, "the latent grid of this model is not known")
